@@ -1,0 +1,106 @@
+"""Files that outlive a stage: weights (safetensors), training states and encodings (.pt without pickled objects).
+
+Every file is written to a temporary name, flushed to the disk and renamed: a reader never sees half a file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let write(temporary) make the file, then put it at `path` in one step; on any error `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise UserError if the disk that holds `folder` has less than this free."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(f"{folder}: {needed_bytes / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free on that disk")
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """16 hex digits of the SHA-256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# Weights for use: tensors and a JSON header that carries what built the network
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], header: dict) -> None:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"nanoldm": json.dumps(header)}))
+
+
+def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and header of a weights file of this kind. Raises UserError for a missing, damaged or foreign file."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run {made_by} first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("nanoldm", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors and json have error types of their own; nothing in the file was executed
+        raise UserError(f"{path} is damaged or not a safetensors file ({_first_line(error)}): remove it and run {made_by} again") from None
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        raise UserError(f"{path} is not a {kind} weights file of this project: run {made_by}")
+    return tensors, header
+
+
+def fill(net: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> torch.nn.Module:
+    """Load tensors into a network, every name and shape fitting. Raises UserError otherwise."""
+    try:
+        net.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{path}: its tensors do not fit the network its header describes ({_first_line(error)})") from None
+    return net
+
+
+# Plain .pt files: dictionaries of tensors, numbers and strings
+
+
+def save_plain(path: Path, content: dict) -> None:
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_plain(path: Path, remedy: str, mmap: bool = False) -> dict:
+    """Read a .pt dictionary without executing anything in it. Raises UserError for a damaged or hostile file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # truncated zip, refused pickle, wrong magic: torch raises half a dozen types
+        raise UserError(f"{path} is damaged or not made by this project ({_first_line(error)}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not made by this project: {remedy}")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(". This file can still be loaded")[0][:160]

@@ -1,0 +1,70 @@
+"""The command line that all stages share: [CONFIG] [section.key=value ...] [--dry-run] [--help], and exit codes.
+
+0 done · 1 training diverged · 2 something the user can put right, said in one line · 128+N stopped by signal N
+"""
+
+import errno
+import sys
+from typing import Callable
+
+from config import DEFAULT_CONFIG, Config, UserError, help_text, load_config
+
+
+class Stopped(Exception):
+    """The user or the system asked the stage to stop; its state is saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Diverged(Exception):
+    """Training met a loss that is not finite."""
+
+
+def parse(argv: list[str]) -> tuple[Config, bool]:
+    """Arguments -> (config, dry_run). Raises UserError."""
+    flags = [a for a in argv if a.startswith("-")]
+    overrides = [a for a in argv if "=" in a and not a.startswith("-")]
+    paths = [a for a in argv if "=" not in a and not a.startswith("-")]
+    unknown = [f for f in flags if f not in ("--dry-run", "--help", "-h")]
+    if unknown:
+        raise UserError(f"{unknown[0]}: unknown option; there are --dry-run and --help, settings are given as section.key=value")
+    if len(paths) > 1:
+        raise UserError(f"one config at a time, not {len(paths)}: {' '.join(paths)}")
+    return load_config(paths[0] if paths else DEFAULT_CONFIG, overrides), "--dry-run" in flags
+
+
+def answer_early(doc: str) -> None:
+    """Answer --help and a wrong config before torch is imported, which takes seconds."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(doc))
+        sys.exit(0)
+    try:
+        parse(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) -> int:
+    """Parse argv, do the work, turn what went wrong into one line and an exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv):
+        print(help_text(doc))
+        return 0
+    try:
+        work(*parse(argv))
+        return 0
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except Diverged as error:
+        message, code = f"error: {error}", 1
+    except Stopped as stop:
+        message, code = str(stop), 128 + stop.signal_number
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message, code = f"error: no space left on the disk of {error.filename or 'the run directory'}; what was saved before is whole: free some space and run the same command again", 2
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,306 @@
+"""The schema of an experiment, and the loader: YAML file + `section.key=value` overrides -> a checked, frozen Config.
+
+Everything here answers before torch is imported, so that --help and a wrong key cost no waiting.
+"""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+DEFAULT_CONFIG = "configs/celeba64.yaml"
+
+
+class UserError(Exception):
+    """Something the user can put right. Scripts print it as one line and exit with code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def key(default: Any, meaning: str, **limits) -> Any:
+    return Field(default, description=meaning, **limits)
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Data(Section):
+    source: Literal["synthetic_faces", "folder", "celeba", "cifar10"] = key("celeba", "where images come from")
+    path: Optional[str] = key(None, "folder or zip of the images; for celeba and cifar10 with download: where to put them")
+    download: bool = key(False, "celeba, cifar10: let torchvision download into data.path")
+    image_size: Annotated[int, Field(ge=8, le=4096)] = key(64, "pixels; images are square")
+    crop: Literal["auto", "ddim", "center140", "square"] = key(
+        "auto", "ddim: CelebA's 128x128 box of Song et al. 2021; center140: 140x140 box; square: largest centred square; "
+        "auto: ddim for celeba, square otherwise")
+    holdout: Annotated[float, Field(gt=0.0, lt=0.5)] = key(0.05, "share held out where the source has no split of its own")
+    limit: Optional[Annotated[int, Field(ge=8)]] = key(None, "use at most this many training images")
+    count: Annotated[int, Field(ge=8)] = key(10000, "synthetic_faces: how many portraits to draw for training")
+    flip: bool = key(True, "train on mirrored images too")
+
+
+class Perceptual(Section):
+    net: Literal["none", "vgg", "alex", "squeeze", "vgg19"] = key(
+        "vgg", "vgg, alex, squeeze: LPIPS (Zhang et al. 2018); vgg19: unit-normalised feature distance up to relu3_1; none: off")
+    weight: Annotated[float, Field(ge=0.0)] = key(1.0, "factor of the perceptual term")
+    weights: Optional[str] = key(None, "local file of the backbone's weights; without it torchvision's cache or download")
+
+
+class Training(Section):
+    """What both training stages share."""
+
+    steps: PositiveInt = key(20000, "optimiser steps in all")
+    max_minutes: Optional[PositiveFloat] = key(None, "end the stage cleanly after this many minutes of training, all runs together")
+    batch_size: PositiveInt = key(64, "images per step")
+    lr: PositiveFloat = key(2e-4, "learning rate of AdamW after warm-up")
+    lr_decay: Literal["none", "cosine"] = key("none", "cosine: fall to a tenth of lr at the last step")
+    warmup: Count = key(500, "steps over which lr rises linearly from 0")
+    weight_decay: Annotated[float, Field(ge=0.0)] = key(0.0, "decoupled weight decay of AdamW")
+    grad_clip: PositiveFloat = key(1.0, "largest norm of the gradient")
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.999, "EMA decay, warmed as min(ema, (1+n)/(10+n)); 0: off")
+    log_every: PositiveInt = key(50, "steps between log lines")
+    eval_every: PositiveInt = key(1000, "steps between held-out evaluations and sample pictures")
+    save_minutes: PositiveFloat = key(5.0, "minutes between saves of the full training state")
+
+
+class Vae(Training):
+    widths: Annotated[list[Annotated[int, Field(ge=4)]], Field(min_length=1)] = key(
+        [64, 112, 128], "channels per level; f = patch · 2^(levels-1)")
+    blocks: PositiveInt = key(1, "residual blocks per level")
+    attention: bool = key(True, "self-attention at the smallest resolution")
+    patch: PositiveInt = key(1, "fold patch×patch pixels into channels before the first level")
+    latent_channels: PositiveInt = key(8, "channels of the latent")
+    output: Literal["none", "tanh"] = key("none", "tanh bounds the decoder to [-1, 1]")
+    reconstruction: Literal["mse", "l1"] = key("mse", "mean over pixels and channels")
+    perceptual: Perceptual = Perceptual()
+    kl_weight: Annotated[float, Field(ge=0.0)] = key(
+        1e-6, "factor of the KL term in nats per latent dimension (mean over dimensions, not LDM's sum: see README)")
+    kl_warmup: Count = key(0, "steps over which kl_weight rises linearly from 0")
+
+
+class Encodings(Section):
+    batch_size: PositiveInt = key(256, "images per encoder pass")
+    normalise: Literal["global", "per_channel"] = key("global", "global: shift 0, scale 1/std of all latents; per_channel: zero mean, unit std")
+    dtype: Literal["float16", "bfloat16"] = key("float16", "how latents are stored")
+
+
+class Diffusion(Training):
+    name: Optional[Name] = key(None, "folder of this model under runs/<name>/; default: the schedule's name")
+    schedule: Literal["linear", "cosine", "scaled_linear"] = key("cosine", "noise schedule")
+    timesteps: Annotated[int, Field(ge=2)] = key(1000, "T")
+    prediction: Literal["eps", "v", "x0"] = key("eps", "what the network predicts")
+    weighting: Literal["none", "min_snr"] = key("none", "loss weights over timesteps; min_snr: Hang et al. 2023")
+    min_snr_gamma: PositiveFloat = key(5.0, "gamma of min_snr")
+    widths: Annotated[list[Annotated[int, Field(ge=4)]], Field(min_length=1)] = key([128, 256, 320], "channels per level; each level halves the latent")
+    blocks: PositiveInt = key(2, "residual blocks per level")
+    attention: list[PositiveInt] = key([8], "latent widths at which there is self-attention")
+    head_channels: PositiveInt = key(64, "channels per attention head")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.1, "dropout inside residual blocks")
+    sample_images: PositiveInt = key(36, "images of the sample picture while training (DDIM-25, fixed noise)")
+
+
+class Sampling(Section):
+    sampler: Literal["ancestral", "ddim"] = key("ddim", "ancestral: Ho et al. 2020; ddim: Song et al. 2021")
+    steps: PositiveInt = key(50, "network evaluations, at most diffusion.timesteps")
+    eta: Share = key(0.0, "ddim: 0 deterministic … 1 ancestral")
+    variance: Literal["posterior", "beta"] = key("posterior", "ancestral: variance of a step")
+    spacing: Literal["trailing", "leading", "linspace"] = key("trailing", "which timesteps are visited")
+    sigma_max: PositiveFloat = key(80.0, "start where sigma/alpha is at most this (cosine: near t = 990)")
+    x0_clamp: Union[Literal["range", "none"], PositiveFloat] = key(
+        "range", "bound on the clean estimate: the measured range of the latents, none, or ± a number (1.0 shrinks latents: README)")
+    clean_steps: Count = key(0, "make the last K steps deterministic")
+    seed: Count = key(0, "image i depends on this and i alone")
+    rows: PositiveInt = key(10, "rows of the grid")
+    cols: PositiveInt = key(10, "columns of the grid")
+    images: Optional[PositiveInt] = key(None, "how many images in all (default rows·cols); those past the grid are only saved as single files")
+    batch_size: PositiveInt = key(100, "images per network pass")
+    precision: Literal["auto", "float32", "bfloat16"] = key("float32", "float32: the same picture in any batch size; auto: as in training, faster")
+    single_files: bool = key(False, "save every image as a PNG of its own too")
+
+
+class Logging(Section):
+    tensorboard: bool = key(True, "write scalars and pictures for TensorBoard")
+    wandb: bool = key(False, "log to Weights & Biases where the package is installed")
+
+
+class Config(Section):
+    name: Name = key("celeba64", "the experiment; its files lie in <runs_dir>/<name>")
+    seed: Count = key(0, "seed of training")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = key("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bf16 where the hardware has it, else float32")
+    runs_dir: str = key("runs", "working files")
+    results_dir: str = key("results", "grids")
+    data: Data = Data()
+    vae: Vae = Vae()
+    encodings: Encodings = Encodings()
+    diffusion: Diffusion = Diffusion()
+    sampling: Sampling = Sampling()
+    logging: Logging = Logging()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def diffusion_name(self) -> str:
+        return self.diffusion.name or self.diffusion.schedule
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        f = self.vae.patch * 2 ** (len(self.vae.widths) - 1)
+        if self.data.image_size % f:
+            raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of the VAE's down-sampling factor {f} (vae.patch · 2^(levels-1))")
+        latent, halvings = self.data.image_size // f, len(self.diffusion.widths) - 1
+        if latent % 2**halvings:
+            raise ValueError(f"latents of {latent}x{latent} cannot be halved {halvings} times (diffusion.widths has {halvings + 1} levels)")
+        if self.diffusion_name in ("vae", "cache"):
+            raise ValueError(f"diffusion.name {self.diffusion_name!r} is taken by another stage's folder")
+        if self.sampling.steps > self.diffusion.timesteps:
+            raise ValueError(f"sampling.steps {self.sampling.steps} is more than diffusion.timesteps {self.diffusion.timesteps}")
+        if self.sampling.clean_steps > self.sampling.steps:
+            raise ValueError(f"sampling.clean_steps {self.sampling.clean_steps} is more than sampling.steps {self.sampling.steps}")
+        return self
+
+
+# Loading
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a float (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=deep)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
+    """Read a YAML file (and the one `base:` it may name), apply "section.key=value" overrides, check everything.
+
+    Raises UserError naming every unknown key, wrong type and out-of-range value at once.
+    """
+    tree = _read_with_base(Path(path)) if path else {}
+    for override in overrides:
+        dotted, text = override.split("=", 1)
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            raise UserError(f"{dotted}: cannot read the value {text!r}") from None
+        place = tree
+        *sections, last = dotted.split(".")
+        for name in sections:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{dotted}: {name} is a value, not a section")
+        place[last] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise UserError("; ".join(problems)) from None
+
+
+def _read_with_base(path: Path) -> dict:
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    below = _read_yaml(path.parent / str(base))
+    if "base" in below:
+        raise UserError(f"{path}: its base {base} names a base of its own; one level is enough")
+    return _merge(below, tree)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        raise UserError(f"config {path} does not exist" + (f"; there are: {', '.join(near)}" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: {getattr(error, 'problem', None) or 'not valid YAML'}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections")
+    return tree
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _explain(error: dict) -> str:
+    """One pydantic error as "section.key: what is wrong"."""
+    # Members of a union put their own names into the location; the user's path is what the schema knows.
+    path = [str(p) for p in error["loc"] if not re.match(r"^(literal|constrained|float|int|str|function|list)\b", str(p))]
+    dotted = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = [name for name, _ in walk(Config)] + list(Config.model_fields)
+        near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+        same_name = [name for name in known if name.split(".")[-1] == path[-1]]
+        hint = near or same_name[:1]
+        return f"{dotted}: unknown key" + (f", did you mean {hint[0]}?" if hint else "")
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = error.get("input")
+    return f"{dotted}: {message} (got {given!r})" if dotted else message
+
+
+def walk(model: type[BaseModel], prefix: str = ""):
+    """Yield (dotted name, field) for every key of the schema, in order."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from walk(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def help_text(doc: str) -> str:
+    """The script's own words, how to call it, and every key with type, default and meaning."""
+    lines = [doc.strip(), "", f"usage: python {Path(sys.argv[0]).name} [CONFIG] [section.key=value ...] [--dry-run]",
+             f"CONFIG defaults to {DEFAULT_CONFIG}. --dry-run checks everything and prints the plan.", ""]
+    for name, field in walk(Config):
+        lines.append(f"  {name} = {_yaml_text(field.default)}   [{_type_name(field.annotation)}]")
+        lines.append(f"      {field.description}")
+    return "\n".join(lines)
+
+
+def _type_name(annotation) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(args)
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is list:
+        return f"list of {_type_name(args[0])}"
+    if origin is Union:
+        return " | ".join("null" if a is type(None) else _type_name(a) for a in args)
+    return annotation.__name__
+
+
+def _yaml_text(value) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

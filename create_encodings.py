@@ -1,0 +1,106 @@
+"""Stage 2: VAE -> runs/<name>/encodings.pt.
+
+Encodes every training and held-out image to its posterior mean, the mirrored image too where data.flip is on, measures
+the normaliser and stores all with labels, captions and fingerprints. Does nothing where the file is up to date.
+"""
+
+import cli
+
+if __name__ == "__main__":
+    cli.answer_early(__doc__)
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from artifacts import fill, fingerprint, load_weights, require_space
+from config import Config, UserError
+from data import Encodings, PixelBatches, load_images
+from models.latents import Normaliser
+from models.vae import VAE
+from sources import HELD_OUT, TRAIN
+from training import autocast, pick_device, pick_precision
+
+
+def encode(config: Config, dry_run: bool) -> None:
+    s, device = config.encodings, pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    path, vae_path = config.run_dir / "encodings.pt", config.run_dir / "vae" / "vae.safetensors"
+    tensors, header = load_weights(vae_path, "vae", "train_vae.py")
+    vae = fill(VAE(**header["settings"]), tensors, vae_path).to(device, memory_format=torch.channels_last).eval()
+    vae_fingerprint = fingerprint(tensors)
+    images = load_images(config)
+    if header["data_fingerprint"] != images.fingerprint:
+        raise UserError(f"{vae_path} was trained on other images ({header['data_fingerprint']}) than data.* describes now ({images.fingerprint}): "
+                        f"set data.* back, or give this experiment another name and run train_vae.py")
+    if not header["complete"]:
+        print(f"note: {vae_path} stopped at step {header['step']:,} of {header['steps']:,}; train_vae.py goes on from there")
+    rows = {split: images.rows(split) for split in (TRAIN, HELD_OUT)}
+    side = header["image_size"] // vae.downsampling
+    per_image = side * side * vae.latent_channels * 2  # bytes
+    stored = len(rows[TRAIN]) * (2 if config.data.flip else 1) + len(rows[HELD_OUT])
+    require_space(config.run_dir, stored * per_image)
+
+    print(f"encodings: {len(rows[TRAIN]):,} training images{' and their mirrors' if config.data.flip else ''}, {len(rows[HELD_OUT]):,} held out, "
+          f"{side}x{side}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}\nfiles: {path} ({stored * per_image / 1e6:,.0f} MB)")
+    if is_current(path, vae_fingerprint, images.fingerprint, config):
+        print(f"{path}: up to date")
+        return
+    if dry_run:
+        return
+
+    def means(split: int, flip: bool, title: str) -> Tensor:
+        batches = PixelBatches(images.pixels, rows[split], device)
+        stored = torch.empty(len(rows[split]), vae.latent_channels, side, side, dtype=getattr(torch, s.dtype))
+        with torch.no_grad(), tqdm(total=len(stored), desc=title, unit="img") as bar:
+            for start in range(0, len(stored), s.batch_size):
+                x = batches.take(torch.arange(start, min(start + s.batch_size, len(stored))))
+                with autocast(device, dtype):
+                    mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
+                stored[start : start + len(x)] = mean.to(stored.dtype)
+                bar.update(len(x))
+        if not torch.isfinite(stored).all():
+            raise UserError(f"{vae_path} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL")
+        return stored
+
+    mean = means(TRAIN, False, "encoding")
+    flipped = means(TRAIN, True, "encoding mirrored") if config.data.flip else None
+    try:
+        normaliser = Normaliser.measure(mean, s.normalise)
+    except ValueError as error:
+        raise UserError(f"{vae_path}: {error}") from None
+    labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
+    captions = [images.captions[i] for i in rows[TRAIN]] if images.captions is not None else None
+    Encodings(mean, flipped, means(HELD_OUT, False, "encoding held out"), normaliser, labels[TRAIN], labels[HELD_OUT],
+              images.label_names, captions, vae_fingerprint, images.fingerprint).save(path)
+    print(card(normaliser))
+    print(f"done: {path}")
+
+
+def is_current(path: Path, vae_fingerprint: str, data_fingerprint: str, config: Config) -> bool:
+    """Does the file hold what this run would write? A damaged one does not."""
+    try:
+        there = Encodings.load(path)
+    except UserError:
+        return False
+    same_normaliser = bool((there.normaliser.shift == 0).all()) == (config.encodings.normalise == "global")
+    return (there.vae_fingerprint == vae_fingerprint and there.data_fingerprint == data_fingerprint and same_normaliser
+            and there.mean.dtype == getattr(torch, config.encodings.dtype) and (there.mean_flipped is not None) == config.data.flip)
+
+
+def card(n: Normaliser) -> str:
+    """A line per channel of the scaled latents."""
+    lines = [f"scaled latents: overall std {n.overall_std():.3f}", "channel   shift    scale     mean     std  kurtosis   range"]
+    for c in range(len(n.std)):
+        lines.append(f"{c:7d} {n.shift[c]:7.3f} {n.scale[c]:8.3f} {n.mean[c]:8.3f} {n.std[c]:7.3f} {n.kurtosis[c]:9.2f}   {n.low[c]:.2f} … {n.high[c]:.2f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(encode, __doc__, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,214 @@
+"""Pixels and latents for training: sources are decoded once into a uint8 cache; batches are gathers by index."""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from artifacts import load_plain, require_space, save_plain
+from config import Config, UserError
+from models.latents import Normaliser
+from sources import HELD_OUT, SOURCES, TRAIN, Source
+
+MAX_DAMAGED = 0.01  # share of unreadable images above which the data is taken to be wrong
+MIN_IMAGES = 8
+BLOCK = 64  # images a worker reads at a time
+
+
+@dataclass
+class Images:
+    """The uint8 cache of a source: pixels (N, size, size, 3), memory-mapped."""
+
+    pixels: np.ndarray
+    split: np.ndarray  # (N,) TRAIN, HELD_OUT or TEST
+    labels: np.ndarray | None  # (N, K) int64
+    label_names: dict[str, list[str]]
+    captions: list[str] | None
+    fingerprint: str  # of pixels, split and labels
+
+    def rows(self, split: int) -> np.ndarray:
+        return np.flatnonzero(self.split == split)
+
+
+def load_images(config: Config) -> Images:
+    """The images of config.data from the cache, made first if need be. Raises UserError for data that cannot be used."""
+    data = config.data
+    source = SOURCES[data.source](data, config.seed)
+    split = source.split if source.split is not None else split_by_name(source.names, data.holdout)
+    chosen = choose(split, data.limit)
+    if (split[chosen] == TRAIN).sum() < MIN_IMAGES or not (split[chosen] == HELD_OUT).any():
+        raise UserError(f"data: {len(source.names)} images ({(split == TRAIN).sum()} for training, {(split == HELD_OUT).sum()} held out) are too few: "
+                        f"at least {MIN_IMAGES} for training and 1 held out are needed")
+    key = json.dumps([data.source, data.image_size, data.crop, data.limit, data.holdout, source.key])
+    folder = Path(config.runs_dir) / "cache" / f"{data.source}{data.image_size}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not (folder / "meta.json").is_file():
+        build_cache(folder, source, split, chosen, data.image_size)
+    return open_cache(folder)
+
+
+def split_by_name(names: list[str], share: float) -> np.ndarray:
+    """Hold out the images whose names hash lowest: the same ones whatever the order, nearly the same when images are added."""
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha1(names[i].encode()).digest())
+    split = np.full(len(names), TRAIN, dtype=np.uint8)
+    split[order[: max(1, round(share * len(names)))]] = HELD_OUT
+    return split
+
+
+def choose(split: np.ndarray, limit: int | None) -> np.ndarray:
+    """Indices to read: all, or `limit` training images spread evenly (class folders come sorted) and everything else."""
+    train = np.flatnonzero(split == TRAIN)
+    if limit is not None and limit < len(train):
+        train = train[np.linspace(0, len(train) - 1, limit).round().astype(int)]
+    return np.sort(np.concatenate([train, np.flatnonzero(split != TRAIN)]))
+
+
+def build_cache(folder: Path, source: Source, split: np.ndarray, chosen: np.ndarray, size: int) -> None:
+    """Decode every chosen image, in parallel and in order, into folder/pixels.u8; damaged ones are left out and reported."""
+    require_space(folder, int(1.1 * len(chosen) * size * size * 3))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    blocks = [chosen[i : i + BLOCK].tolist() for i in range(0, len(chosen), BLOCK)]
+    good, damaged, digest = [], [], hashlib.sha256()
+    try:
+        with open(temporary / "pixels.u8", "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, \
+                tqdm(total=len(chosen), desc="reading images", unit="img") as bar:
+            for block, pictures in zip(blocks, pool.map(source.read, blocks)):  # Pillow decodes outside the interpreter lock
+                for i, picture in zip(block, pictures):
+                    if isinstance(picture, str):
+                        damaged.append(f"{source.names[i]}: {picture}")
+                        continue
+                    good.append(i)
+                    file.write(picture.tobytes())
+                    digest.update(picture.tobytes())
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+        report_damaged(folder, damaged, len(chosen))
+        labels = np.zeros((len(good), 0), dtype=np.int64) if source.labels is None else source.labels[good]
+        np.save(temporary / "split.npy", split[good])
+        np.save(temporary / "labels.npy", labels)
+        digest.update(split[good].tobytes() + labels.tobytes())
+        meta = dict(count=len(good), size=size, label_names=source.label_names, names=[source.names[i] for i in good],
+                    captions=[source.captions[i] for i in good] if source.captions is not None else None,
+                    damaged=damaged, fingerprint=digest.hexdigest()[:16])
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def report_damaged(folder: Path, damaged: list[str], total: int) -> None:
+    if not damaged:
+        return
+    report = folder.with_name(folder.name + "-damaged.txt")
+    report.write_text("\n".join(damaged) + "\n")
+    line = f"{len(damaged)} of {total} images cannot be read and are skipped, named in {report}; the first: {damaged[0]}"
+    if len(damaged) > MAX_DAMAGED * total:
+        raise UserError(f"data: {line} (more than {MAX_DAMAGED:.0%} is an error)")
+    print(line)
+
+
+def open_cache(folder: Path) -> Images:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        shape = (meta["count"], meta["size"], meta["size"], 3)
+        # mode c: a private view, so that torch may wrap it without a warning about read-only memory
+        pixels = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="c", shape=shape)
+        split, labels = np.load(folder / "split.npy"), np.load(folder / "labels.npy")
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"the image cache {folder} is damaged: remove it and run the same command again") from None
+    return Images(pixels, split, labels if labels.shape[1] else None, meta["label_names"], meta["captions"], meta["fingerprint"])
+
+
+# Batches
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels_last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Float (B, 3, H, W) -> uint8 (B, H, W, 3); values outside [-1, 1] are clipped."""
+    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+class Shuffle:
+    """An endless stream of shuffled epochs over n items. Position i is a pure function of (seed, i): nothing to save."""
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed = n, seed
+        self._epochs: dict[int, Tensor] = {}
+
+    def take(self, start: int, count: int) -> Tensor:
+        """Items at positions start … start+count-1, (count,) int64."""
+        positions = torch.arange(start, start + count)
+        first, last = start // self.n, (start + count - 1) // self.n
+        self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in range(first, last + 1)}
+        items = torch.cat([self._epochs[e] for e in range(first, last + 1)])
+        return items[positions - first * self.n]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        return torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+
+
+class PixelBatches:
+    """Batches of float images in [-1, 1] from a uint8 array (N, H, W, 3), kept on the device where it fits."""
+
+    def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device):
+        self.pixels, self.rows, self.device = torch.from_numpy(pixels), torch.from_numpy(rows), device
+        if device.type == "cuda" and pixels[:1].nbytes * len(rows) < 0.4 * torch.cuda.mem_get_info(device)[0]:
+            self.pixels, self.rows = self.pixels[self.rows].to(device), torch.arange(len(rows))
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Images (B, 3, H, W) at positions among the rows."""
+        pixels = self.pixels[self.rows[indices].to(self.pixels.device)]
+        return to_float(pixels.to(self.device, non_blocking=True))
+
+
+# Encodings
+
+
+@dataclass
+class Encodings:
+    """What stage 2 hands to stage 3: VAE means of training and held-out images, their normaliser, and where they come from."""
+
+    mean: Tensor  # (N, C, h, w) as stored
+    mean_flipped: Tensor | None  # the encodings of the mirrored images, not mirrored latents
+    held_out: Tensor  # (M, C, h, w)
+    normaliser: Normaliser
+    labels: Tensor | None  # (N, K)
+    held_out_labels: Tensor | None
+    label_names: dict[str, list[str]]
+    captions: list[str] | None
+    vae_fingerprint: str
+    data_fingerprint: str
+
+    def save(self, path: Path) -> None:
+        content = {k: v for k, v in vars(self).items() if k != "normaliser" and v is not None}
+        save_plain(path, {"kind": "encodings", **content, **self.normaliser.state_dict("normaliser.")})
+
+    @classmethod
+    def load(cls, path: Path) -> "Encodings":
+        """Raises UserError for a missing, damaged or foreign file."""
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: run create_encodings.py first")
+        content = load_plain(path, "run create_encodings.py again after removing it", mmap=True)
+        if content.pop("kind", None) != "encodings":
+            raise UserError(f"{path} holds no encodings: run create_encodings.py")
+        try:
+            normaliser = Normaliser.from_state_dict(content, "normaliser.")
+            fields = {k: v for k, v in content.items() if not k.startswith("normaliser.")}
+            optional = {k: fields.get(k) for k in ("mean_flipped", "labels", "held_out_labels", "captions")}
+            return cls(normaliser=normaliser, **{**fields, **optional})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is not as this version writes it ({error}): run create_encodings.py again after removing it") from None

@@ -1,0 +1,1 @@
+"""Networks, schedules and losses. Nothing in here imports anything of the project outside this package."""

@@ -1,0 +1,110 @@
+"""Noise schedules: how much signal and how much noise there is at timestep t.
+
+    images   float in [-1, 1], NCHW; uint8 on disk
+    z        clean scaled latent, about unit variance;  z_t = alpha_t z + sigma_t eps,  eps ~ N(0, 1)
+    t        0 … T-1, larger is noisier; t = -1 stands for clean data (alpha = 1, sigma = 0)
+    alphas_cumprod[t] = alpha_t² ("alpha bar" in the papers);  sigma_t² = 1 - alpha_t²  (variance preserving)
+    snr(t) = alpha_t² / sigma_t²
+
+Tables are float64 and are cast at the edge, where they meet a network's tensors.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("linear", "cosine", "scaled_linear")
+MAX_BETA = 0.999  # Nichol & Dhariwal 2021, §3.2: keeps the last cosine steps from becoming singular
+
+
+class Schedule:
+    """A table of alphas_cumprod and what follows from it. `t` is an int or an integer tensor, -1 meaning clean data."""
+
+    def __init__(self, name: str, betas: Tensor):
+        self.name = name
+        self.timesteps = len(betas)  # T
+        self.betas = betas.double()  # (T,)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,)
+        # One more entry at the end, so that index -1 is clean data.
+        self._alpha = torch.cat([self.alphas_cumprod.sqrt(), torch.ones(1, dtype=torch.float64)])
+        self._sigma = torch.cat([(1 - self.alphas_cumprod).sqrt(), torch.zeros(1, dtype=torch.float64)])
+
+    def alpha(self, t) -> Tensor:
+        """Signal level alpha_t, float64, of the shape of t."""
+        return self._look_up(self._alpha, t)
+
+    def sigma(self, t) -> Tensor:
+        """Noise level sigma_t, float64, of the shape of t."""
+        return self._look_up(self._sigma, t)
+
+    def snr(self, t) -> Tensor:
+        """Signal-to-noise ratio alpha_t² / sigma_t², float64; infinite at t = -1."""
+        return (self.alpha(t) / self.sigma(t)) ** 2
+
+    def tables(self, device) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of t = 0 … T-1 as float32 (T,) on a device, for look-ups by tensors of timesteps there."""
+        return self._alpha[:-1].float().to(device), self._sigma[:-1].float().to(device)
+
+    def _look_up(self, table: Tensor, t) -> Tensor:
+        if not isinstance(t, Tensor):
+            if not -1 <= t < self.timesteps:
+                raise IndexError(f"timestep {t} is outside -1 … {self.timesteps - 1}")
+            return table[t]
+        return table[t]
+
+
+def make_schedule(name: str, timesteps: int = 1000) -> Schedule:
+    """Build a schedule by name. Raises ValueError for a name that does not exist or timesteps < 2.
+
+    linear         beta from 1e-4 to 0.02 (Ho et al. 2020, §4), rescaled by 1000/T for other T
+    scaled_linear  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (Rombach et al. 2022, LDM)
+    cosine         alpha bar = cos²((t/T + s)/(1 + s) · pi/2), s = 0.008 (Nichol & Dhariwal 2021, eq. 17)
+    """
+    if timesteps < 2:
+        raise ValueError(f"a schedule has at least 2 timesteps, not {timesteps}")
+    if name == "linear":
+        scale = 1000 / timesteps
+        return Schedule(name, torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64).clamp(max=MAX_BETA))
+    if name == "scaled_linear":
+        scale = math.sqrt(1000 / timesteps)
+        roots = torch.linspace(scale * math.sqrt(0.00085), scale * math.sqrt(0.012), timesteps, dtype=torch.float64)
+        return Schedule(name, (roots**2).clamp(max=MAX_BETA))
+    if name == "cosine":
+        s = 0.008
+        edges = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps  # t/T at the T+1 edges
+        alpha_bar = torch.cos((edges + s) / (1 + s) * math.pi / 2) ** 2
+        return Schedule(name, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA))
+    raise ValueError(f"schedule {name!r} does not exist; there are: {', '.join(SCHEDULES)}")
+
+
+# What a network predicts, and back. z0, eps and v are three views of the same thing once z_t is known.
+# alpha and sigma are broadcastable to z_t.
+
+
+def to_z0(kind: str, prediction: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The clean estimate z0_hat from a prediction of kind eps | v | x0 (v: Salimans & Ho 2022, v = alpha eps - sigma z)."""
+    if kind == "eps":
+        return (z_t - sigma * prediction) / alpha
+    if kind == "v":
+        return alpha * z_t - sigma * prediction
+    return prediction
+
+
+def target(kind: str, z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network is asked for: eps, v = alpha eps - sigma z, or z itself (x0)."""
+    if kind == "eps":
+        return eps
+    if kind == "v":
+        return alpha * eps - sigma * z
+    return z
+
+
+def min_snr_weight(kind: str, snr: Tensor, gamma: float) -> Tensor:
+    """Min-SNR-gamma loss weights (Hang et al. 2023, eq. 8 and its eps and v forms): same shape as snr."""
+    clipped = snr.clamp(max=gamma)
+    if kind == "eps":
+        return clipped / snr
+    if kind == "v":
+        return clipped / (snr + 1)
+    return clipped

@@ -1,0 +1,72 @@
+"""Pictures for people: grids of images as PNG with their settings inside, and curves of a run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from artifacts import write_atomically
+
+
+def grid(images: np.ndarray, cols: int, gap: int = 2) -> Image.Image:
+    """uint8 (N, H, W, 3) -> one picture, row by row, `cols` to a row, with a white gap between."""
+    n, h, w, _ = images.shape
+    rows = -(-n // cols)
+    canvas = np.full((rows * (h + gap) - gap, cols * (w + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // cols) * (h + gap), (i % cols) * (w + gap)
+        canvas[top : top + h, left : left + w] = image
+    return Image.fromarray(canvas)
+
+
+def pairs(above: np.ndarray, below: np.ndarray, cols: int = 8) -> Image.Image:
+    """Originals over their reconstructions, `cols` to a row: two uint8 (N, H, W, 3) of equal shape."""
+    rows = []
+    for i in range(0, len(above), cols):
+        pad = [np.full_like(above[:1], 255)] * (cols - len(above[i : i + cols]))
+        rows += [*(x[None] for x in above[i : i + cols]), *pad, *(x[None] for x in below[i : i + cols]), *pad]
+    return grid(np.concatenate(rows), cols)
+
+
+def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write a PNG; `settings` go into its text chunks: strings as they are, everything else as JSON."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in (settings or {}).items():
+        info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+def plot_curves(folder: Path) -> Path:
+    """folder/metrics.jsonl -> folder/curves.png, one panel per figure, training and held-out in the same one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    series: dict[str, dict[str, list]] = {}  # panel -> train | held_out | "" -> [(step, value), …]
+    for line in lines:
+        for name, value in line.items():
+            if name not in ("step", "images_seen", "minutes"):
+                origin, _, panel = name.rpartition("/")
+                series.setdefault(panel, {}).setdefault(origin, []).append((line["step"], value))
+    cols = 3
+    rows = -(-len(series) // cols)
+    figure, axes = plt.subplots(rows, cols, figsize=(5 * cols, 3 * rows), squeeze=False)
+    for axis, (panel, by_origin) in zip(axes.flat, series.items()):
+        for origin, points in by_origin.items():
+            axis.plot(*zip(*points), label=origin or None, marker="." if len(points) < 30 else None)
+        if panel in ("loss", "reconstruction"):
+            axis.set_yscale("log")
+        axis.set_title(panel)
+        axis.set_xlabel("step")
+        if any(by_origin):
+            axis.legend()
+    for axis in axes.flat[len(series) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    path = folder / "curves.png"
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+    plt.close(figure)
+    return path

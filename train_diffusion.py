@@ -1,0 +1,160 @@
+"""Stage 3: encodings -> noise-prediction U-Net.
+
+Trains a U-Net on the scaled latents and writes runs/<name>/<diffusion.name>/unet.safetensors (EMA weights and the
+normaliser). Two schedules of one experiment live side by side. The same command resumes.
+"""
+
+import cli
+
+if __name__ == "__main__":
+    cli.answer_early(__doc__)
+
+import torch
+from torch import Tensor
+
+from artifacts import fill, fingerprint, load_weights, require_space, save_weights
+from config import Config, Diffusion, UserError
+from data import Encodings, Shuffle, to_uint8
+from models.schedules import Schedule, make_schedule, min_snr_weight, target
+from models.unet import UNet
+from models.vae import VAE
+from pictures import grid, plot_curves, save_png
+from sampling import image_generators, make_denoiser, randn, sample
+from training import Run, autocast, parameters_of, pick_device, pick_precision, run_experiment
+
+EVAL_LATENTS = 256  # held-out latents measured while training, each once per bin
+BINS = 10  # of timesteps
+
+
+def train(config: Config, dry_run: bool) -> None:
+    s, device = config.diffusion, pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    folder = config.run_dir / config.diffusion_name
+    encodings = Encodings.load(config.run_dir / "encodings.pt")
+    vae, vae_fingerprint = load_vae(config, device)
+    if vae_fingerprint != encodings.vae_fingerprint:
+        raise UserError(f"{config.run_dir}/encodings.pt was made by another VAE ({encodings.vae_fingerprint}) than {config.run_dir}/vae holds "
+                        f"({vae_fingerprint}): run create_encodings.py")
+    n, channels, size, _ = encodings.mean.shape
+    schedule = make_schedule(s.schedule, s.timesteps)
+    torch.manual_seed(config.seed)
+    try:
+        unet = UNet(channels, size, s.widths, s.blocks, s.attention, s.head_channels, s.dropout)
+    except ValueError as error:
+        raise UserError(f"diffusion.widths: {error}") from None
+    unet = unet.to(device, memory_format=torch.channels_last)
+    require_space(folder, 40 * parameters_of(unet))
+
+    print(f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters on {size}x{size}x{channels} latents, on {device} in {str(dtype)[6:]}\n"
+          f"latents: {n:,} for training{' and their mirrors' if encodings.mean_flipped is not None else ''}, {len(encodings.held_out):,} held out\n"
+          f"{s.schedule} schedule, T = {s.timesteps}, predicts {s.prediction}, weighting {s.weighting}\n"
+          f"steps: {s.steps:,} of {s.batch_size} latents" + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "") + "\n"
+          f"files: {folder}/unet.safetensors, state.pt, metrics.jsonl, curves.png, samples/")
+    if dry_run:
+        return
+
+    normaliser = encodings.normaliser.to(device)
+    # Mirrored encodings behind the others: image i is row i or row n + i. All of it on the device: 2 bytes a value.
+    latents = torch.cat([encodings.mean, encodings.mean_flipped]) if encodings.mean_flipped is not None else encodings.mean
+    latents = latents.to(device)
+    order = Shuffle(n, config.seed)
+    alphas, sigmas = schedule.tables(device)
+    held_out = normaliser.normalise(encodings.held_out[:EVAL_LATENTS].to(device))
+    experiment = run_experiment(config, "diffusion", encodings_fingerprint=encodings_fingerprint(encodings))
+
+    def save_for_use(ema_unet: UNet) -> None:
+        header = dict(kind="unet", settings=unet.settings, schedule=s.schedule, timesteps=s.timesteps, prediction=s.prediction,
+                      vae_fingerprint=vae_fingerprint, step=run.step, steps=s.steps, minutes=run.minutes, complete=run.complete, ema=s.ema)
+        save_weights(folder / "unet.safetensors", {**ema_unet.state_dict(), **encodings.normaliser.state_dict("normaliser.")}, header)
+
+    with Run(folder, unet, s, experiment, device, config.seed, config.logging) as run:
+        if run.over:
+            print(f"{folder}: already trained, {run.step:,} steps in {run.minutes:.1f} minutes")
+            return
+        while True:
+            if run.due(s.log_every):
+                run.report()
+            if run.due(s.eval_every):
+                losses = held_out_losses(run.ema.net, held_out, schedule, s, dtype)
+                run.log({"held_out/loss": sum(losses) / BINS, **{f"held_out/loss_bin{b}": loss for b, loss in enumerate(losses)}})
+                run.say(f"held-out loss {sum(losses) / BINS:.4f}, by timestep bin " + " ".join(f"{loss:.3f}" for loss in losses))
+                picture = sample_picture(run.ema.net, vae, normaliser, schedule, s, dtype)
+                run.picture("samples", picture)
+                save_png(picture, folder / "samples" / f"step_{run.step:07d}.png")
+            if run.save_due():
+                run.save(save_for_use)
+            if run.over:
+                break
+
+            run.seed_step()
+            rows = order.take(run.images_seen, s.batch_size).to(device)
+            if encodings.mean_flipped is not None:
+                rows = rows + n * torch.randint(0, 2, rows.shape, device=device)
+            z = normaliser.normalise(latents[rows])  # (B, C, h, w), unit variance
+            t = torch.randint(0, s.timesteps, (len(z),), device=device)
+            eps = torch.randn_like(z)
+            with autocast(device, dtype):
+                loss = diffusion_loss(unet, z, eps, t, alphas, sigmas, s.prediction)  # (B,)
+            weight = min_snr_weight(s.prediction, (alphas[t] / sigmas[t]) ** 2, s.min_snr_gamma) if s.weighting == "min_snr" else 1.0
+            run.step_with((weight * loss).mean(), loss, t, unweighted_loss=loss.mean())
+    run.stop_if_told()
+    plot_curves(folder)
+    print(f"done: {folder}/unet.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
+
+
+def diffusion_loss(unet: UNet, z: Tensor, eps: Tensor, t: Tensor, alphas: Tensor, sigmas: Tensor, prediction: str) -> Tensor:
+    """Squared error of the prediction, per latent: (B,), unweighted (Ho et al. 2020, eq. 14)."""
+    alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
+    z_t = (alpha * z + sigma * eps).contiguous(memory_format=torch.channels_last)
+    return (unet(z_t, t) - target(prediction, z, eps, alpha, sigma)).square().mean(dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def held_out_losses(unet: UNet, z: Tensor, schedule: Schedule, s: Diffusion, dtype: torch.dtype) -> list[float]:
+    """Unweighted loss in BINS equal ranges of timesteps, at the same noise and timesteps every time."""
+    generator = torch.Generator().manual_seed(0)
+    alphas, sigmas = schedule.tables(z.device)
+    losses = []
+    for b in range(BINS):
+        low, high = b * s.timesteps // BINS, max((b + 1) * s.timesteps // BINS, b * s.timesteps // BINS + 1)
+        t = torch.linspace(low, high - 1, len(z)).round().long().to(z.device)
+        eps = torch.randn(z.shape, generator=generator).to(z.device)
+        with autocast(z.device, dtype):
+            parts = [diffusion_loss(unet, *part, alphas, sigmas, s.prediction) for part in zip(*(x.split(s.batch_size) for x in (z, eps, t)))]
+        losses.append(float(torch.cat(parts).mean()))
+    return losses
+
+
+@torch.no_grad()
+def sample_picture(unet: UNet, vae: VAE, normaliser, schedule: Schedule, s: Diffusion, dtype: torch.dtype):
+    """A grid of samples from the same noise every time: DDIM, 25 steps, clamped to the measured range."""
+    device, settings = normaliser.scale.device, unet.settings
+    images = []
+    for start in range(0, s.sample_images, s.batch_size):
+        indices = range(start, min(start + s.batch_size, s.sample_images))
+        noise = randn((len(indices), settings["channels"], settings["size"], settings["size"]), image_generators(0, indices, "cpu"), device)
+        z = sample(make_denoiser(unet, schedule, s.prediction, device, dtype), noise, schedule, "ddim", min(25, s.timesteps), x0_range=normaliser.range())
+        with autocast(device, dtype):
+            images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))
+    return grid(torch.cat(images).numpy(), cols=max(1, round(s.sample_images**0.5)))
+
+
+def load_vae(config: Config, device: torch.device) -> tuple[VAE, str]:
+    """The frozen VAE of this experiment and its fingerprint."""
+    path = config.run_dir / "vae" / "vae.safetensors"
+    tensors, header = load_weights(path, "vae", "train_vae.py")
+    vae = fill(VAE(**header["settings"]), tensors, path).to(device, memory_format=torch.channels_last)
+    return vae.eval().requires_grad_(False), fingerprint(tensors)
+
+
+def encodings_fingerprint(encodings: Encodings) -> str:
+    """What the U-Net's world is made of: the VAE, the images, and how latents are scaled."""
+    return f"{encodings.vae_fingerprint}-{encodings.data_fingerprint}-{fingerprint(encodings.normaliser.state_dict())}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(train, __doc__, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

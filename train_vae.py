@@ -1,0 +1,136 @@
+"""Stage 1: pixels -> VAE.
+
+Trains a VAE on the images of config.data with reconstruction + perceptual + KL loss, and writes
+runs/<name>/vae/vae.safetensors (EMA weights). The same command resumes.
+"""
+
+import cli
+
+if __name__ == "__main__":
+    cli.answer_early(__doc__)  # --help and a wrong config need no torch
+
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from artifacts import require_space, save_weights
+from config import Config, UserError, Vae
+from data import Images, PixelBatches, Shuffle, load_images, to_uint8
+from models.losses import make_perceptual, perceptual_weights
+from models.vae import VAE, reconstruction_error
+from pictures import pairs, plot_curves, save_png
+from sources import HELD_OUT, TRAIN
+from training import Run, autocast, parameters_of, pick_device, pick_precision, run_experiment
+
+EVAL_IMAGES = 512  # held-out images measured while training
+SHEET_IMAGES = 32
+
+
+def train(config: Config, dry_run: bool) -> None:
+    s, device = config.vae, pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    folder = config.run_dir / "vae"
+    perceptual = load_perceptual(s, device)
+    images = load_images(config)
+    torch.manual_seed(config.seed)
+    vae = VAE(s.widths, s.blocks, s.latent_channels, s.attention, s.patch, s.output).to(device, memory_format=torch.channels_last)
+    size, latent = config.data.image_size, config.data.image_size // vae.downsampling
+    train_rows, held_out_rows = images.rows(TRAIN), images.rows(HELD_OUT)[:EVAL_IMAGES]
+    require_space(folder, 40 * parameters_of(vae))  # two states of weights, EMA and two moments; one weights file
+
+    print(f"VAE: {parameters_of(vae) / 1e6:.2f}M parameters, {size}x{size}x3 -> {latent}x{latent}x{s.latent_channels}, on {device} in {str(dtype)[6:]}\n"
+          f"images: {len(train_rows):,} for training, {len(images.rows(HELD_OUT)):,} held out\n"
+          f"loss: {s.reconstruction}" + (f" + {s.perceptual.weight:g} {perceptual.title}" if perceptual else "") + f" + {s.kl_weight:g} KL (nats per latent dimension)\n"
+          f"steps: {s.steps:,} of {s.batch_size} images" + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "") + "\n"
+          f"files: {folder}/vae.safetensors, state.pt, metrics.jsonl, curves.png, reconstructions.png")
+    if dry_run:
+        return
+
+    batches = PixelBatches(images.pixels, train_rows, device)
+    held_out = PixelBatches(images.pixels, held_out_rows, device)
+    order = Shuffle(len(train_rows), config.seed)
+    experiment = run_experiment(config, "vae", data_fingerprint=images.fingerprint)
+
+    def save_for_use(ema_vae: VAE) -> None:
+        header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint,
+                      step=run.step, steps=s.steps, minutes=run.minutes, complete=run.complete)
+        save_weights(folder / "vae.safetensors", ema_vae.state_dict(), header)
+
+    with Run(folder, vae, s, experiment, device, config.seed, config.logging) as run:
+        if run.over:
+            print(f"{folder}: already trained, {run.step:,} steps in {run.minutes:.1f} minutes")
+            return
+        while True:
+            if run.due(s.log_every):
+                run.report()
+            if run.due(s.eval_every):
+                figures, sheet = evaluate(run.ema.net, held_out, perceptual, s, device, dtype)
+                run.log({f"held_out/{name}": value for name, value in figures.items()})
+                run.picture("reconstructions", sheet)
+                save_png(sheet, folder / "reconstructions.png")
+                run.say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+            if run.save_due():
+                run.save(save_for_use)
+            if run.over:
+                break
+
+            run.seed_step()
+            x = batches.take(order.take(run.images_seen, s.batch_size)).contiguous(memory_format=torch.channels_last)
+            if config.data.flip:
+                mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
+                x = torch.where(mirrored, x.flip(3), x)
+            with autocast(device, dtype):
+                y, posterior = vae(x)
+                distance = perceptual(x, y) if perceptual else x.new_zeros(len(x))  # (B,)
+            error = reconstruction_error(s.reconstruction, x, y).mean(dim=(1, 2, 3))  # (B,)
+            kl = posterior.kl().mean(dim=(1, 2, 3))  # (B,) nats per latent dimension
+            kl_weight = s.kl_weight * min(1.0, (run.step + 1) / max(1, s.kl_warmup))
+            per_image = error + s.perceptual.weight * distance.float() + kl_weight * kl
+            run.step_with(per_image.mean(), per_image, reconstruction=error.mean(), perceptual=distance.mean(), nats_per_dim=kl.mean())
+    run.stop_if_told()
+    plot_curves(folder)
+    print(f"done: {folder}/vae.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
+
+
+def load_perceptual(s: Vae, device: torch.device):
+    """The perceptual distance of the settings, or None. Raises UserError naming the ways out where its weights are missing."""
+    if s.perceptual.net == "none" or s.perceptual.weight == 0:
+        return None
+    try:
+        return make_perceptual(s.perceptual.net, perceptual_weights(s.perceptual.net, s.perceptual.weights)).to(device)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+@torch.no_grad()
+def evaluate(vae: VAE, held_out: PixelBatches, perceptual, s: Vae, device: torch.device, dtype: torch.dtype):
+    """Figures of the reconstruction from the posterior mean, averaged over images, and a sheet of originals over reconstructions."""
+    sums: dict[str, float] = {}
+    n, shown = len(held_out.rows), []
+    for start in range(0, n, s.batch_size):
+        x = held_out.take(torch.arange(start, min(start + s.batch_size, n)))
+        with autocast(device, dtype):
+            posterior = vae.encode(x)
+            y = vae.decode(posterior.mean)
+        y = y.clamp(-1, 1)  # what a picture file can hold
+        figures = dict(
+            psnr=peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
+            ssim=structural_similarity_index_measure(y, x, data_range=2.0),
+            reconstruction=reconstruction_error(s.reconstruction, x, y).mean(),
+            nats_per_dim=posterior.kl().mean(),
+        )
+        if perceptual is not None:
+            figures["perceptual"] = perceptual(x, y).mean()
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(x)
+        if start < SHEET_IMAGES:
+            shown.append((to_uint8(x), to_uint8(y)))
+    above, below = (torch.cat([torch.from_numpy(p[i]) for p in shown]).numpy()[:SHEET_IMAGES] for i in (0, 1))
+    return {name: total / n for name, total in sums.items()}, pairs(above, below)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(train, __doc__, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
