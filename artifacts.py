@@ -3,6 +3,8 @@
 Every file is written to a temporary name, flushed to the disk and renamed: a reader never sees half a file.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,17 +20,42 @@ from torch import Tensor
 from config import UserError
 
 
+class NoSpace(OSError):
+    """The disk is full. What was there before is as it was."""
+
+
+@contextlib.contextmanager
+def noticing_a_full_disk(path: Path):
+    """Turn the many ways in which libraries report a full disk into NoSpace; other errors pass."""
+    try:
+        yield
+    except Exception as error:  # OSError, torch's RuntimeError, safetensors' own
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or (path.parent.exists() and shutil.disk_usage(path.parent).free < 1_000_000):
+            raise NoSpace(errno.ENOSPC, "no space left on device", str(path)) from error
+        raise
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let write(temporary) make the file, then put it at `path` in one step; on any error `path` stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with noticing_a_full_disk(path):
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{folder} cannot be made a folder ({error.strerror})") from None
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
@@ -36,6 +63,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{folder}: {existing} cannot be written to")
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(f"{folder}: {needed_bytes / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free on that disk")
@@ -54,6 +83,22 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 # Weights for use: tensors and a JSON header that carries what built the network
 
 
+HEADER_KEYS = {
+    "vae": {"settings", "image_size", "data_fingerprint", "step", "steps", "complete"},
+    "unet": {
+        "settings",
+        "schedule",
+        "timesteps",
+        "prediction",
+        "vae_fingerprint",
+        "encodings_fingerprint",
+        "step",
+        "steps",
+        "complete",
+    },
+}
+
+
 def save_weights(path: Path, tensors: dict[str, Tensor], header: dict) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"nanoldm": json.dumps(header)}))
@@ -68,18 +113,21 @@ def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor]
             header = json.loads((file.metadata() or {}).get("nanoldm", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors and json have error types of their own; nothing in the file was executed
-        raise UserError(f"{path} is damaged or not a safetensors file ({_first_line(error)}): remove it and run {made_by} again") from None
-    if not isinstance(header, dict) or header.get("kind") != kind:
-        raise UserError(f"{path} is not a {kind} weights file of this project: run {made_by}")
+        raise UserError(
+            f"{path} is damaged or not a safetensors file ({first_line(error)}): remove it and run {made_by} again"
+        ) from None
+    if not isinstance(header, dict) or header.get("kind") != kind or not HEADER_KEYS[kind] <= header.keys():
+        raise UserError(f"{path} is not a {kind} weights file of this version: remove it and run {made_by}")
     return tensors, header
 
 
-def fill(net: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> torch.nn.Module:
-    """Load tensors into a network, every name and shape fitting. Raises UserError otherwise."""
+def build(network: type[torch.nn.Module], tensors: dict[str, Tensor], header: dict, path: Path) -> torch.nn.Module:
+    """The network that a weights file describes, with its weights. Raises UserError if the two do not fit."""
     try:
+        net = network(**header["settings"])
         net.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{path}: its tensors do not fit the network its header describes ({_first_line(error)})") from None
+    except Exception as error:  # settings that are no settings, missing or misshapen tensors
+        raise UserError(f"{path}: its tensors do not fit the network its header describes ({first_line(error)})") from None
     return net
 
 
@@ -95,12 +143,13 @@ def load_plain(path: Path, remedy: str, mmap: bool = False) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # truncated zip, refused pickle, wrong magic: torch raises half a dozen types
-        raise UserError(f"{path} is damaged or not made by this project ({_first_line(error)}): {remedy}") from None
+        raise UserError(f"{path} is damaged or not made by this project ({first_line(error)}): {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not made by this project: {remedy}")
     return content
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].split(". This file can still be loaded")[0][:160]

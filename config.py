@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 DEFAULT_CONFIG = "configs/celeba64.yaml"
 
@@ -20,7 +28,7 @@ class UserError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def key(default: Any, meaning: str, **limits) -> Any:
@@ -30,6 +38,7 @@ def key(default: Any, meaning: str, **limits) -> Any:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Data(Section):
@@ -38,8 +47,10 @@ class Data(Section):
     download: bool = key(False, "celeba, cifar10: let torchvision download into data.path")
     image_size: Annotated[int, Field(ge=8, le=4096)] = key(64, "pixels; images are square")
     crop: Literal["auto", "ddim", "center140", "square"] = key(
-        "auto", "ddim: CelebA's 128x128 box of Song et al. 2021; center140: 140x140 box; square: largest centred square; "
-        "auto: ddim for celeba, square otherwise")
+        "auto",
+        "ddim: CelebA's 128x128 box of Song et al. 2021; center140: 140x140 box; square: largest centred square; "
+        "auto: ddim for celeba, square otherwise",
+    )
     holdout: Annotated[float, Field(gt=0.0, lt=0.5)] = key(0.05, "share held out where the source has no split of its own")
     limit: Optional[Annotated[int, Field(ge=8)]] = key(None, "use at most this many training images")
     count: Annotated[int, Field(ge=8)] = key(10000, "synthetic_faces: how many portraits to draw for training")
@@ -48,7 +59,9 @@ class Data(Section):
 
 class Perceptual(Section):
     net: Literal["none", "vgg", "alex", "squeeze", "vgg19"] = key(
-        "vgg", "vgg, alex, squeeze: LPIPS (Zhang et al. 2018); vgg19: unit-normalised feature distance up to relu3_1; none: off")
+        "vgg",
+        "vgg, alex, squeeze: LPIPS (Zhang et al. 2018); vgg19: unit-normalised feature distance up to relu3_1; none: off",
+    )
     weight: Annotated[float, Field(ge=0.0)] = key(1.0, "factor of the perceptual term")
     weights: Optional[str] = key(None, "local file of the backbone's weights; without it torchvision's cache or download")
 
@@ -57,10 +70,12 @@ class Training(Section):
     """What both training stages share."""
 
     steps: PositiveInt = key(20000, "optimiser steps in all")
-    max_minutes: Optional[PositiveFloat] = key(None, "end the stage cleanly after this many minutes of training, all runs together")
+    max_minutes: Optional[PositiveFloat] = key(
+        None, "end the stage cleanly after this many minutes of training, all runs together"
+    )
     batch_size: PositiveInt = key(64, "images per step")
     lr: PositiveFloat = key(2e-4, "learning rate of AdamW after warm-up")
-    lr_decay: Literal["none", "cosine"] = key("none", "cosine: fall to a tenth of lr at the last step")
+    lr_decay: Literal["none", "cosine"] = key("none", "cosine: fall to a tenth of lr at the last step, or at max_minutes")
     warmup: Count = key(500, "steps over which lr rises linearly from 0")
     weight_decay: Annotated[float, Field(ge=0.0)] = key(0.0, "decoupled weight decay of AdamW")
     grad_clip: PositiveFloat = key(1.0, "largest norm of the gradient")
@@ -71,8 +86,9 @@ class Training(Section):
 
 
 class Vae(Training):
-    widths: Annotated[list[Annotated[int, Field(ge=4)]], Field(min_length=1)] = key(
-        [64, 112, 128], "channels per level; f = patch · 2^(levels-1)")
+    widths: Annotated[list[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)] = key(
+        [64, 112, 128], "channels per level; f = patch · 2^(levels-1)"
+    )
     blocks: PositiveInt = key(1, "residual blocks per level")
     attention: bool = key(True, "self-attention at the smallest resolution")
     patch: PositiveInt = key(1, "fold patch×patch pixels into channels before the first level")
@@ -81,13 +97,16 @@ class Vae(Training):
     reconstruction: Literal["mse", "l1"] = key("mse", "mean over pixels and channels")
     perceptual: Perceptual = Perceptual()
     kl_weight: Annotated[float, Field(ge=0.0)] = key(
-        1e-6, "factor of the KL term in nats per latent dimension (mean over dimensions, not LDM's sum: see README)")
+        1e-6, "factor of the KL term in nats per latent dimension (mean over dimensions, not LDM's sum: see README)"
+    )
     kl_warmup: Count = key(0, "steps over which kl_weight rises linearly from 0")
 
 
 class Encodings(Section):
     batch_size: PositiveInt = key(256, "images per encoder pass")
-    normalise: Literal["global", "per_channel"] = key("global", "global: shift 0, scale 1/std of all latents; per_channel: zero mean, unit std")
+    normalise: Literal["global", "per_channel"] = key(
+        "global", "global: shift 0, scale 1/std of all latents; per_channel: zero mean, unit std"
+    )
     dtype: Literal["float16", "bfloat16"] = key("float16", "how latents are stored")
 
 
@@ -98,7 +117,9 @@ class Diffusion(Training):
     prediction: Literal["eps", "v", "x0"] = key("eps", "what the network predicts")
     weighting: Literal["none", "min_snr"] = key("none", "loss weights over timesteps; min_snr: Hang et al. 2023")
     min_snr_gamma: PositiveFloat = key(5.0, "gamma of min_snr")
-    widths: Annotated[list[Annotated[int, Field(ge=4)]], Field(min_length=1)] = key([128, 256, 320], "channels per level; each level halves the latent")
+    widths: Annotated[list[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)] = key(
+        [128, 256, 320], "channels per level; each level halves the latent"
+    )
     blocks: PositiveInt = key(2, "residual blocks per level")
     attention: list[PositiveInt] = key([8], "latent widths at which there is self-attention")
     head_channels: PositiveInt = key(64, "channels per attention head")
@@ -112,16 +133,24 @@ class Sampling(Section):
     eta: Share = key(0.0, "ddim: 0 deterministic … 1 ancestral")
     variance: Literal["posterior", "beta"] = key("posterior", "ancestral: variance of a step")
     spacing: Literal["trailing", "leading", "linspace"] = key("trailing", "which timesteps are visited")
-    sigma_max: PositiveFloat = key(80.0, "start where sigma/alpha is at most this (cosine: near t = 990)")
+    sigma_max: Optional[PositiveFloat] = key(
+        None, "start where sigma/alpha is at most this; default: 80 for cosine (near t = 990), no bound for others"
+    )
     x0_clamp: Union[Literal["range", "none"], PositiveFloat] = key(
-        "range", "bound on the clean estimate: the measured range of the latents, none, or ± a number (1.0 shrinks latents: README)")
+        "range",
+        "bound on the clean estimate: the measured range of the latents, none, or ± a number (1.0 shrinks latents: README)",
+    )
     clean_steps: Count = key(0, "make the last K steps deterministic")
-    seed: Count = key(0, "image i depends on this and i alone")
+    seed: Seed = key(0, "image i depends on this and i alone")
     rows: PositiveInt = key(10, "rows of the grid")
     cols: PositiveInt = key(10, "columns of the grid")
-    images: Optional[PositiveInt] = key(None, "how many images in all (default rows·cols); those past the grid are only saved as single files")
+    images: Optional[PositiveInt] = key(
+        None, "how many images in all (default rows·cols); those past the grid are only saved as single files"
+    )
     batch_size: PositiveInt = key(100, "images per network pass")
-    precision: Literal["auto", "float32", "bfloat16"] = key("float32", "float32: the same picture in any batch size; auto: as in training, faster")
+    precision: Literal["auto", "float32", "bfloat16"] = key(
+        "float32", "float32: the same picture in any batch size; auto: as in training, faster"
+    )
     single_files: bool = key(False, "save every image as a PNG of its own too")
 
 
@@ -132,7 +161,7 @@ class Logging(Section):
 
 class Config(Section):
     name: Name = key("celeba64", "the experiment; its files lie in <runs_dir>/<name>")
-    seed: Count = key(0, "seed of training")
+    seed: Seed = key(0, "seed of training")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = key("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bf16 where the hardware has it, else float32")
     runs_dir: str = key("runs", "working files")
@@ -156,16 +185,26 @@ class Config(Section):
     def _fits_together(self) -> "Config":
         f = self.vae.patch * 2 ** (len(self.vae.widths) - 1)
         if self.data.image_size % f:
-            raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of the VAE's down-sampling factor {f} (vae.patch · 2^(levels-1))")
+            raise ValueError(
+                f"data.image_size {self.data.image_size} is not a multiple of the VAE's down-sampling factor {f} (vae.patch · 2^(levels-1))"
+            )
         latent, halvings = self.data.image_size // f, len(self.diffusion.widths) - 1
         if latent % 2**halvings:
-            raise ValueError(f"latents of {latent}x{latent} cannot be halved {halvings} times (diffusion.widths has {halvings + 1} levels)")
-        if self.diffusion_name in ("vae", "cache"):
-            raise ValueError(f"diffusion.name {self.diffusion_name!r} is taken by another stage's folder")
+            raise ValueError(
+                f"latents of {latent}x{latent} cannot be halved {halvings} times (diffusion.widths has {halvings + 1} levels)"
+            )
+        if self.diffusion_name in ("vae", "encodings.pt"):
+            raise ValueError(f"diffusion.name {self.diffusion_name!r} is taken by another stage's files")
+        if self.name == "cache":
+            raise ValueError("name 'cache' is taken by the image cache")
         if self.sampling.steps > self.diffusion.timesteps:
-            raise ValueError(f"sampling.steps {self.sampling.steps} is more than diffusion.timesteps {self.diffusion.timesteps}")
+            raise ValueError(
+                f"sampling.steps {self.sampling.steps} is more than diffusion.timesteps {self.diffusion.timesteps}"
+            )
         if self.sampling.clean_steps > self.sampling.steps:
-            raise ValueError(f"sampling.clean_steps {self.sampling.clean_steps} is more than sampling.steps {self.sampling.steps}")
+            raise ValueError(
+                f"sampling.clean_steps {self.sampling.clean_steps} is more than sampling.steps {self.sampling.steps}"
+            )
         return self
 
 
@@ -186,7 +225,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
@@ -199,7 +239,7 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
         dotted, text = override.split("=", 1)
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, TypeError, ValueError):
             raise UserError(f"{dotted}: cannot read the value {text!r}") from None
         place = tree
         *sections, last = dotted.split(".")
@@ -234,6 +274,8 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(f"config {path} does not exist" + (f"; there are: {', '.join(near)}" if near else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
+    except (TypeError, ValueError) as error:  # a list as a key, a date that is none
+        raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -281,8 +323,13 @@ def walk(model: type[BaseModel], prefix: str = ""):
 
 def help_text(doc: str) -> str:
     """The script's own words, how to call it, and every key with type, default and meaning."""
-    lines = [doc.strip(), "", f"usage: python {Path(sys.argv[0]).name} [CONFIG] [section.key=value ...] [--dry-run]",
-             f"CONFIG defaults to {DEFAULT_CONFIG}. --dry-run checks everything and prints the plan.", ""]
+    lines = [
+        doc.strip(),
+        "",
+        f"usage: python {Path(sys.argv[0]).name} [CONFIG] [section.key=value ...] [--dry-run]",
+        f"CONFIG defaults to {DEFAULT_CONFIG}. --dry-run checks everything and prints the plan.",
+        "",
+    ]
     for name, field in walk(Config):
         lines.append(f"  {name} = {_yaml_text(field.default)}   [{_type_name(field.annotation)}]")
         lines.append(f"      {field.description}")

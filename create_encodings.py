@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts import fill, fingerprint, load_weights, require_space
+from artifacts import build, fingerprint, load_weights, require_space
 from config import Config, UserError
 from data import Encodings, PixelBatches, load_images
 from models.latents import Normaliser
@@ -29,12 +29,14 @@ def encode(config: Config, dry_run: bool) -> None:
     dtype = pick_precision(config.precision, device)
     path, vae_path = config.run_dir / "encodings.pt", config.run_dir / "vae" / "vae.safetensors"
     tensors, header = load_weights(vae_path, "vae", "train_vae.py")
-    vae = fill(VAE(**header["settings"]), tensors, vae_path).to(device, memory_format=torch.channels_last).eval()
+    vae = build(VAE, tensors, header, vae_path).to(device, memory_format=torch.channels_last).eval()
     vae_fingerprint = fingerprint(tensors)
     images = load_images(config)
     if header["data_fingerprint"] != images.fingerprint:
-        raise UserError(f"{vae_path} was trained on other images ({header['data_fingerprint']}) than data.* describes now ({images.fingerprint}): "
-                        f"set data.* back, or give this experiment another name and run train_vae.py")
+        raise UserError(
+            f"{vae_path} was trained on other images ({header['data_fingerprint']}) than data.* describes now ({images.fingerprint}): "
+            f"set data.* back, or give this experiment another name and run train_vae.py"
+        )
     if not header["complete"]:
         print(f"note: {vae_path} stopped at step {header['step']:,} of {header['steps']:,}; train_vae.py goes on from there")
     rows = {split: images.rows(split) for split in (TRAIN, HELD_OUT)}
@@ -43,8 +45,10 @@ def encode(config: Config, dry_run: bool) -> None:
     stored = len(rows[TRAIN]) * (2 if config.data.flip else 1) + len(rows[HELD_OUT])
     require_space(config.run_dir, stored * per_image)
 
-    print(f"encodings: {len(rows[TRAIN]):,} training images{' and their mirrors' if config.data.flip else ''}, {len(rows[HELD_OUT]):,} held out, "
-          f"{side}x{side}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}\nfiles: {path} ({stored * per_image / 1e6:,.0f} MB)")
+    print(
+        f"encodings: {len(rows[TRAIN]):,} training images{' and their mirrors' if config.data.flip else ''}, {len(rows[HELD_OUT]):,} held out, "
+        f"{side}x{side}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}\nfiles: {path} ({stored * per_image / 1e6:,.0f} MB)"
+    )
     if is_current(path, vae_fingerprint, images.fingerprint, config):
         print(f"{path}: up to date")
         return
@@ -62,7 +66,9 @@ def encode(config: Config, dry_run: bool) -> None:
                 stored[start : start + len(x)] = mean.to(stored.dtype)
                 bar.update(len(x))
         if not torch.isfinite(stored).all():
-            raise UserError(f"{vae_path} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL")
+            raise UserError(
+                f"{vae_path} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL"
+            )
         return stored
 
     mean = means(TRAIN, False, "encoding")
@@ -73,8 +79,18 @@ def encode(config: Config, dry_run: bool) -> None:
         raise UserError(f"{vae_path}: {error}") from None
     labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
     captions = [images.captions[i] for i in rows[TRAIN]] if images.captions is not None else None
-    Encodings(mean, flipped, means(HELD_OUT, False, "encoding held out"), normaliser, labels[TRAIN], labels[HELD_OUT],
-              images.label_names, captions, vae_fingerprint, images.fingerprint).save(path)
+    Encodings(
+        mean,
+        flipped,
+        means(HELD_OUT, False, "encoding held out"),
+        normaliser,
+        labels[TRAIN],
+        labels[HELD_OUT],
+        images.label_names,
+        captions,
+        vae_fingerprint,
+        images.fingerprint,
+    ).save(path)
     print(card(normaliser))
     print(f"done: {path}")
 
@@ -85,16 +101,20 @@ def is_current(path: Path, vae_fingerprint: str, data_fingerprint: str, config: 
         there = Encodings.load(path)
     except UserError:
         return False
-    same_normaliser = bool((there.normaliser.shift == 0).all()) == (config.encodings.normalise == "global")
-    return (there.vae_fingerprint == vae_fingerprint and there.data_fingerprint == data_fingerprint and same_normaliser
-            and there.mean.dtype == getattr(torch, config.encodings.dtype) and (there.mean_flipped is not None) == config.data.flip)
+    fits = there.vae_fingerprint == vae_fingerprint and there.data_fingerprint == data_fingerprint
+    return fits and not there.differences(config)
 
 
 def card(n: Normaliser) -> str:
     """A line per channel of the scaled latents."""
-    lines = [f"scaled latents: overall std {n.overall_std():.3f}", "channel   shift    scale     mean     std  kurtosis   range"]
+    lines = [
+        f"scaled latents: overall std {n.overall_std():.3f}",
+        "channel   shift    scale     mean     std  kurtosis   range",
+    ]
     for c in range(len(n.std)):
-        lines.append(f"{c:7d} {n.shift[c]:7.3f} {n.scale[c]:8.3f} {n.mean[c]:8.3f} {n.std[c]:7.3f} {n.kurtosis[c]:9.2f}   {n.low[c]:.2f} … {n.high[c]:.2f}")
+        lines.append(
+            f"{c:7d} {n.shift[c]:7.3f} {n.scale[c]:8.3f} {n.mean[c]:8.3f} {n.std[c]:7.3f} {n.kurtosis[c]:9.2f}   {n.low[c]:.2f} … {n.high[c]:.2f}"
+        )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts import load_plain, require_space, save_plain
+from artifacts import fingerprint, load_plain, require_space, save_plain
 from config import Config, UserError
 from models.latents import Normaliser
 from sources import HELD_OUT, SOURCES, TRAIN, Source
@@ -34,24 +34,54 @@ class Images:
     captions: list[str] | None
     fingerprint: str  # of pixels, split and labels
 
-    def rows(self, split: int) -> np.ndarray:
-        return np.flatnonzero(self.split == split)
+    def rows(self, split: int, at_most: int | None = None) -> np.ndarray:
+        """Indices of the images of a split, all or spread evenly over it (class folders come sorted)."""
+        return spread(np.flatnonzero(self.split == split), at_most)
+
+
+@dataclass
+class Found:
+    """What there is to read, before any of it is read."""
+
+    source: Source
+    split: np.ndarray  # (N,) of all pictures of the source
+    chosen: np.ndarray  # indices of those that are used
+    size: int
+    folder: Path  # of the cache
+
+    def count(self, split: int) -> int:
+        return int((self.split[self.chosen] == split).sum())
+
+    def load(self) -> Images:
+        """From the cache, made first if need be. Raises UserError for images that cannot be used."""
+        if not (self.folder / "meta.json").is_file():
+            build_cache(self)
+        return open_cache(self.folder)
+
+
+def find_images(config: Config) -> Found:
+    """Look for the images of config.data. Raises UserError if there are none, or too few to split."""
+    data = config.data
+    source = SOURCES[data.source](data, config.seed)
+    split = source.split
+    if split is None or not (split == HELD_OUT).any():
+        by_name = split_by_name(source.names, data.holdout)
+        split = by_name if split is None else np.where(split == TRAIN, by_name, split)
+    key = json.dumps([data.source, data.image_size, data.crop, data.limit, data.holdout, source.key])
+    folder = (
+        Path(config.runs_dir) / "cache" / f"{data.source}{data.image_size}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    )
+    found = Found(source, split, choose(split, data.limit), data.image_size, folder)
+    if found.count(TRAIN) < MIN_IMAGES or found.count(HELD_OUT) < 1:
+        raise UserError(
+            f"data: {len(source.names)} images ({found.count(TRAIN)} for training, {found.count(HELD_OUT)} held out) are too few: "
+            f"at least {MIN_IMAGES} for training and 1 held out are needed"
+        )
+    return found
 
 
 def load_images(config: Config) -> Images:
-    """The images of config.data from the cache, made first if need be. Raises UserError for data that cannot be used."""
-    data = config.data
-    source = SOURCES[data.source](data, config.seed)
-    split = source.split if source.split is not None else split_by_name(source.names, data.holdout)
-    chosen = choose(split, data.limit)
-    if (split[chosen] == TRAIN).sum() < MIN_IMAGES or not (split[chosen] == HELD_OUT).any():
-        raise UserError(f"data: {len(source.names)} images ({(split == TRAIN).sum()} for training, {(split == HELD_OUT).sum()} held out) are too few: "
-                        f"at least {MIN_IMAGES} for training and 1 held out are needed")
-    key = json.dumps([data.source, data.image_size, data.crop, data.limit, data.holdout, source.key])
-    folder = Path(config.runs_dir) / "cache" / f"{data.source}{data.image_size}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if not (folder / "meta.json").is_file():
-        build_cache(folder, source, split, chosen, data.image_size)
-    return open_cache(folder)
+    return find_images(config).load()
 
 
 def split_by_name(names: list[str], share: float) -> np.ndarray:
@@ -62,24 +92,33 @@ def split_by_name(names: list[str], share: float) -> np.ndarray:
     return split
 
 
+def spread(items, at_most: int | None):
+    """All of an array or tensor, or `at_most` of its items at even distances."""
+    if at_most is None or at_most >= len(items):
+        return items
+    return items[np.linspace(0, len(items) - 1, at_most).round().astype(int)]
+
+
 def choose(split: np.ndarray, limit: int | None) -> np.ndarray:
     """Indices to read: all, or `limit` training images spread evenly (class folders come sorted) and everything else."""
-    train = np.flatnonzero(split == TRAIN)
-    if limit is not None and limit < len(train):
-        train = train[np.linspace(0, len(train) - 1, limit).round().astype(int)]
+    train = spread(np.flatnonzero(split == TRAIN), limit)
     return np.sort(np.concatenate([train, np.flatnonzero(split != TRAIN)]))
 
 
-def build_cache(folder: Path, source: Source, split: np.ndarray, chosen: np.ndarray, size: int) -> None:
+def build_cache(found: Found) -> None:
     """Decode every chosen image, in parallel and in order, into folder/pixels.u8; damaged ones are left out and reported."""
+    source, split, chosen, size, folder = found.source, found.split, found.chosen, found.size, found.folder
     require_space(folder, int(1.1 * len(chosen) * size * size * 3))
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     blocks = [chosen[i : i + BLOCK].tolist() for i in range(0, len(chosen), BLOCK)]
     good, damaged, digest = [], [], hashlib.sha256()
     try:
-        with open(temporary / "pixels.u8", "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, \
-                tqdm(total=len(chosen), desc="reading images", unit="img") as bar:
+        with (
+            open(temporary / "pixels.u8", "wb") as file,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(chosen), desc="reading images", unit="img") as bar,
+        ):
             for block, pictures in zip(blocks, pool.map(source.read, blocks)):  # Pillow decodes outside the interpreter lock
                 for i, picture in zip(block, pictures):
                     if isinstance(picture, str):
@@ -96,9 +135,15 @@ def build_cache(folder: Path, source: Source, split: np.ndarray, chosen: np.ndar
         np.save(temporary / "split.npy", split[good])
         np.save(temporary / "labels.npy", labels)
         digest.update(split[good].tobytes() + labels.tobytes())
-        meta = dict(count=len(good), size=size, label_names=source.label_names, names=[source.names[i] for i in good],
-                    captions=[source.captions[i] for i in good] if source.captions is not None else None,
-                    damaged=damaged, fingerprint=digest.hexdigest()[:16])
+        meta = dict(
+            count=len(good),
+            size=size,
+            label_names=source.label_names,
+            names=[source.names[i] for i in good],
+            captions=[source.captions[i] for i in good] if source.captions is not None else None,
+            damaged=damaged,
+            fingerprint=digest.hexdigest()[:16],
+        )
         (temporary / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -126,7 +171,9 @@ def open_cache(folder: Path) -> Images:
         split, labels = np.load(folder / "split.npy"), np.load(folder / "labels.npy")
     except (OSError, ValueError, KeyError):
         raise UserError(f"the image cache {folder} is damaged: remove it and run the same command again") from None
-    return Images(pixels, split, labels if labels.shape[1] else None, meta["label_names"], meta["captions"], meta["fingerprint"])
+    return Images(
+        pixels, split, labels if labels.shape[1] else None, meta["label_names"], meta["captions"], meta["fingerprint"]
+    )
 
 
 # Batches
@@ -171,7 +218,7 @@ class PixelBatches:
 
     def take(self, indices: Tensor) -> Tensor:
         """Images (B, 3, H, W) at positions among the rows."""
-        pixels = self.pixels[self.rows[indices].to(self.pixels.device)]
+        pixels = self.pixels[self.rows[indices].to(self.pixels.device, non_blocking=True)]
         return to_float(pixels.to(self.device, non_blocking=True))
 
 
@@ -193,6 +240,21 @@ class Encodings:
     vae_fingerprint: str
     data_fingerprint: str
 
+    def differences(self, config: Config) -> list[str]:
+        """What of config.encodings and config.data.flip these encodings were not made with."""
+        kind = "global" if (self.normaliser.shift == 0).all() else "per_channel"
+        made_with = {
+            "encodings.normalise": (kind, config.encodings.normalise),
+            "encodings.dtype": (str(self.mean.dtype).removeprefix("torch."), config.encodings.dtype),
+            "data.flip": (self.mean_flipped is not None, config.data.flip),
+        }
+        return [f"{name} was {was}, now {now}" for name, (was, now) in made_with.items() if was != now]
+
+    @property
+    def fingerprint(self) -> str:
+        """What a U-Net's world is made of: the VAE, the images, and how latents are scaled."""
+        return f"{self.vae_fingerprint}-{self.data_fingerprint}-{fingerprint(self.normaliser.state_dict())}"
+
     def save(self, path: Path) -> None:
         content = {k: v for k, v in vars(self).items() if k != "normaliser" and v is not None}
         save_plain(path, {"kind": "encodings", **content, **self.normaliser.state_dict("normaliser.")})
@@ -211,4 +273,6 @@ class Encodings:
             optional = {k: fields.get(k) for k in ("mean_flipped", "labels", "held_out_labels", "captions")}
             return cls(normaliser=normaliser, **{**fields, **optional})
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is not as this version writes it ({error}): run create_encodings.py again after removing it") from None
+            raise UserError(
+                f"{path} is not as this version writes it ({error}): run create_encodings.py again after removing it"
+            ) from None

@@ -16,13 +16,26 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # z_t (B, C, h, w), t (B,) int64 -
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def sample(denoise: Denoise, noise: Tensor, schedule: Schedule, sampler: str = "ddim", steps: int = 50, *,
-           eta: float = 0.0, variance: str = "posterior", spacing: str = "trailing", sigma_max: float = 80.0,
-           clean_steps: int = 0, x0_range=None, generator: Generators = None,
-           callback: Callable[[int, int, Tensor, Tensor], None] | None = None) -> Tensor:
+def sample(
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: Schedule,
+    sampler: str = "ddim",
+    steps: int = 50,
+    *,
+    eta: float = 0.0,
+    variance: str = "posterior",
+    spacing: str = "trailing",
+    sigma_max: float | None = None,
+    clean_steps: int = 0,
+    x0_range=None,
+    generator: Generators = None,
+    callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
     """Noise (B, C, h, w) ~ N(0, 1) -> clean latents of the same shape, float32.
 
     steps        network evaluations, 1 … T; fewer are made where sigma_max leaves fewer timesteps
+    sigma_max    start where sigma/alpha is at most this; None: the schedule's own (80 for cosine)
     clean_steps  the last K steps are deterministic
     x0_range     bound on z0_hat: None, a number (±), a pair (low, high) broadcastable to z, or a Threshold
     generator    for samplers that add noise: one, or one per image (then image i is the same in any batch)
@@ -52,7 +65,9 @@ def sample(denoise: Denoise, noise: Tensor, schedule: Schedule, sampler: str = "
         return randn(noise.shape, generator, noise.device)
 
     first_clean = len(pairs) - clean_steps  # steps i >= first_clean add no noise
-    return SAMPLERS[sampler](predict, noise.float(), schedule, pairs, draw, eta=eta, variance=variance, first_clean=first_clean)
+    return SAMPLERS[sampler](
+        predict, noise.float(), schedule, pairs, draw, eta=eta, variance=variance, first_clean=first_clean
+    )
 
 
 # Samplers: (predict(i, z_t) -> z0_hat, z, schedule, pairs, draw() -> noise, options) -> z0
@@ -117,8 +132,8 @@ def posterior_std(schedule: Schedule, t: int, s: int) -> float:
 # Which timesteps are visited
 
 
-def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing", sigma_max: float = 80.0) -> list[int]:
-    """`steps` descending timesteps among those with sigma/alpha <= sigma_max (fewer if there are fewer).
+def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing", sigma_max: float | None = None) -> list[int]:
+    """`steps` descending timesteps among those with sigma/alpha <= sigma_max (fewer if there are fewer; None: the schedule's own).
 
     trailing  T-1, then down in equal strides (Lin et al. 2024, Table 2)      leading   0, T//N, …, reversed (DDIM)
     linspace  equal strides with both T-1 and 0 among them
@@ -126,7 +141,9 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing", sigma_m
     """
     if not 1 <= steps <= schedule.timesteps:
         raise ValueError(f"steps is between 1 and T = {schedule.timesteps}, not {steps}")
-    usable = int((schedule.sigma(torch.arange(schedule.timesteps)) <= sigma_max * schedule.alpha(torch.arange(schedule.timesteps))).sum())
+    sigma_max = schedule.sigma_max if sigma_max is None else sigma_max
+    every = torch.arange(schedule.timesteps)
+    usable = int((schedule.sigma(every) / schedule.alpha(every) <= sigma_max).sum())
     if usable < 1:
         raise ValueError(f"no timestep has sigma/alpha <= sigma_max = {sigma_max}")
     steps = min(steps, usable)
@@ -143,8 +160,13 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing", sigma_m
 # The closure: everything about a network that a sampler need not know
 
 
-def make_denoiser(net: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, prediction: str, device: torch.device,
-                  dtype: torch.dtype = torch.float32) -> Denoise:
+def make_denoiser(
+    net: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    prediction: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Denoise:
     """Wrap net(z_t, t) -> prediction (eps | v | x0) as denoise(z_t, t) -> z0_hat; the network runs under autocast to dtype."""
     alphas, sigmas = schedule.tables(device)
 
@@ -161,7 +183,7 @@ def make_denoiser(net: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, p
 
 
 class Threshold:
-    """Clamp z0_hat to [low, high] (numbers, or tensors broadcastable to z) and count what was clamped, without a host sync.
+    """Clamp z0_hat to [low, high] (two numbers, or two tensors on z0's device, broadcastable to it) and count what was clamped, without a host sync.
 
     Never divides by the bound: dynamic thresholding as in Imagen shrinks latents.
     """
@@ -171,8 +193,7 @@ class Threshold:
         self._clamped, self._seen = 0, 0
 
     def __call__(self, z0: Tensor) -> Tensor:
-        bounded = torch.maximum(torch.minimum(z0, torch.as_tensor(self.high, dtype=z0.dtype, device=z0.device)),
-                                torch.as_tensor(self.low, dtype=z0.dtype, device=z0.device))
+        bounded = torch.clamp(z0, self.low, self.high)
         self._clamped = self._clamped + (bounded != z0).sum()
         self._seen += z0.numel()
         return bounded

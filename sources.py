@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import synthetic_faces
+from artifacts import first_line
 from config import Data, UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -46,24 +47,37 @@ class Files:
     def __init__(self, path: str | None):
         if path is None:
             raise UserError("data.path is not set: name a folder or a zip of images")
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if self.path.is_dir():
             self.zip = None
             found = sorted(p for p in self.path.rglob("*") if p.is_file())
             self.stamps = {p.relative_to(self.path).as_posix(): [p.stat().st_size, p.stat().st_mtime_ns] for p in found}
         elif zipfile.is_zipfile(self.path):
-            self.zip = zipfile.ZipFile(self.path)
-            self.stamps = {i.filename: [i.file_size, i.CRC] for i in sorted(self.zip.infolist(), key=lambda i: i.filename) if not i.is_dir()}
+            try:
+                self.zip = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError, ValueError) as error:
+                raise UserError(f"data.path: {path} is a damaged zip ({first_line(error)})") from None
+            self.stamps = {
+                i.filename: [i.file_size, i.CRC]
+                for i in sorted(self.zip.infolist(), key=lambda i: i.filename)
+                if not i.is_dir()
+            }
         else:
-            raise UserError(f"data.path: {path} is not a folder or a zip" if self.path.exists() else f"data.path: {path} does not exist")
+            raise UserError(
+                f"data.path: {path} is not a folder or a zip" if self.path.exists() else f"data.path: {path} does not exist"
+            )
         if not self.stamps:
             raise UserError(f"data.path: {path} is empty")
         # macOS puts a "__MACOSX/._name.jpg" beside every picture of a zip.
-        self.images = [n for n in self.stamps if Path(n).suffix.lower() in IMAGE_SUFFIXES and not Path(n).name.startswith("._")]
+        self.images = [
+            n for n in self.stamps if Path(n).suffix.lower() in IMAGE_SUFFIXES and not Path(n).name.startswith("._")
+        ]
         if not self.images:
             kinds = sorted({Path(n).suffix.lower() or "no suffix" for n in self.stamps})
-            raise UserError(f"data.path: {path} holds {len(self.stamps)} files and no image ({', '.join(kinds[:5])}); "
-                            f"images are {', '.join(sorted(IMAGE_SUFFIXES))}")
+            raise UserError(
+                f"data.path: {path} holds {len(self.stamps)} files and no image ({', '.join(kinds[:5])}); "
+                f"images are {', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
 
     def read(self, name: str) -> bytes:
         return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
@@ -94,7 +108,9 @@ def crop_and_resize(image: Image.Image, crop: str, size: int) -> np.ndarray:
     if crop in CELEBA_BOXES:
         scale = width / CELEBA_SIZE[0]
         if abs(height - scale * CELEBA_SIZE[1]) > 1:
-            raise ValueError(f"data.crop={crop} is for CelebA's aligned {CELEBA_SIZE[0]}x{CELEBA_SIZE[1]} pictures, this one is {width}x{height}")
+            raise ValueError(
+                f"data.crop={crop} is for CelebA's aligned {CELEBA_SIZE[0]}x{CELEBA_SIZE[1]} pictures, this one is {width}x{height}"
+            )
         left, top, right, bottom = (int(edge * scale) for edge in CELEBA_BOXES[crop])
     else:
         side = min(width, height)
@@ -119,8 +135,11 @@ def folder(data: Data, seed: int) -> Source:
     """Any folder or zip of pictures; class subfolders, where all pictures lie in some, become labels."""
     files = Files(data.path)
     names = files.images
-    source = Source(names, _reader(files, names, "square" if data.crop == "auto" else data.crop, data.image_size),
-                    key=[[n, files.stamps[n]] for n in names])
+    source = Source(
+        names,
+        _reader(files, names, "square" if data.crop == "auto" else data.crop, data.image_size),
+        key=[[n, files.stamps[n]] for n in names],
+    )
     parents = [Path(n).parent.as_posix() for n in names]
     # A zip often has one folder around everything: what all names share is no class.
     classes = sorted(set(parents))
@@ -135,26 +154,37 @@ def celeba(data: Data, seed: int) -> Source:
     if data.download:
         _download("CelebA", data.path, split="all")
     if data.path is None:
-        raise UserError("data.path is not set: name the folder or zip of img_align_celeba, or a folder to download CelebA into with data.download=true")
+        raise UserError(
+            "data.path is not set: name the folder or zip of img_align_celeba, or a folder to download CelebA into with data.download=true"
+        )
     files = Files(data.path)
     names = [n for n in files.images if re.fullmatch(r"\d{6}\.jpe?g|\d{6}\.png", Path(n).name)]
     if not names:
-        raise UserError(f"data.path: {data.path} holds no picture named like CelebA's 000001.jpg; for other pictures use data.source=folder")
-    source = Source(names, _reader(files, names, "ddim" if data.crop == "auto" else data.crop, data.image_size),
-                    key=[[n, files.stamps[n]] for n in names])
-    partition = files.find_text("list_eval_partition.txt")
-    if partition:
-        number = {line.split()[0]: int(line.split()[1]) for line in partition if line.strip()}  # 0 train, 1 val, 2 test
-        source.split = np.array([number.get(_celeba_id(n, number), TRAIN) for n in names], dtype=np.uint8)
-    attributes = files.find_text("list_attr_celeba.txt")
-    if attributes:
-        columns = attributes[1].split()
-        values = {line.split()[0]: [int(v) > 0 for v in line.split()[1:]] for line in attributes[2:] if line.strip()}
-        missing = [n for n in names if _celeba_id(n, values) not in values]
-        if missing:
-            raise UserError(f"{data.path}: list_attr_celeba.txt has no line for {missing[0]} and {len(missing) - 1} other pictures")
-        source.labels = np.array([values[_celeba_id(n, values)] for n in names], dtype=np.int64)
-        source.label_names = {column.lower(): ["no", "yes"] for column in columns}
+        raise UserError(
+            f"data.path: {data.path} holds no picture named like CelebA's 000001.jpg; for other pictures use data.source=folder"
+        )
+    source = Source(
+        names,
+        _reader(files, names, "ddim" if data.crop == "auto" else data.crop, data.image_size),
+        key=[[n, files.stamps[n]] for n in names],
+    )
+    partition, attributes = files.find_text("list_eval_partition.txt"), files.find_text("list_attr_celeba.txt")
+    try:
+        if partition:
+            number = {line.split()[0]: int(line.split()[1]) for line in partition if line.strip()}  # 0 train, 1 val, 2 test
+            source.split = np.array([number.get(_celeba_id(n, number), TRAIN) for n in names], dtype=np.uint8)
+        if attributes:
+            columns = attributes[1].split()
+            values = {line.split()[0]: [int(v) > 0 for v in line.split()[1:]] for line in attributes[2:] if line.strip()}
+            missing = [n for n in names if len(values.get(_celeba_id(n, values), ())) != len(columns)]
+            if missing:
+                raise UserError(
+                    f"{data.path}: list_attr_celeba.txt has no whole line for {missing[0]} and {len(missing) - 1} others"
+                )
+            source.labels = np.array([values[_celeba_id(n, values)] for n in names], dtype=np.int64)
+            source.label_names = {column.lower(): ["no", "yes"] for column in columns}
+    except (IndexError, ValueError) as error:
+        raise UserError(f"{data.path}: CelebA's lists are not as they should be ({first_line(error)})") from None
     return source
 
 
@@ -167,29 +197,39 @@ def _celeba_id(name: str, table: dict) -> str:
 def cifar10(data: Data, seed: int) -> Source:
     """CIFAR-10 in torchvision's format (cifar-10-batches-py); the official test set is held out. Checksums are torchvision's."""
     if data.path is None:
-        raise UserError("data.path is not set: name the folder that holds cifar-10-batches-py, or one to download it into with data.download=true")
+        raise UserError(
+            "data.path is not set: name the folder that holds cifar-10-batches-py, or one to download it into with data.download=true"
+        )
     if data.download:
         _download("CIFAR10", data.path)
     from torchvision.datasets import CIFAR10
 
     try:
-        parts = [CIFAR10(data.path, train=train) for train in (True, False)]
+        parts = [CIFAR10(Path(data.path).expanduser(), train=train) for train in (True, False)]
     except RuntimeError:
-        raise UserError(f"data.path: {data.path} holds no whole cifar-10-batches-py; get it with data.download=true") from None
+        raise UserError(
+            f"data.path: {data.path} holds no whole cifar-10-batches-py; get it with data.download=true"
+        ) from None
     pixels = np.concatenate([part.data for part in parts])  # (60000, 32, 32, 3)
     train_count = len(parts[0].data)
 
     def read(indices: list[int]) -> list:
         return [crop_and_resize(Image.fromarray(pixels[i]), "square", data.image_size) for i in indices]
 
-    return Source([f"{i:05d}" for i in range(len(pixels))], read, key=["cifar10", len(pixels)],
-                  split=np.repeat([TRAIN, HELD_OUT], [train_count, len(pixels) - train_count]).astype(np.uint8),
-                  labels=np.array([y for part in parts for y in part.targets], dtype=np.int64)[:, None],
-                  label_names={"class": list(parts[0].classes)})
+    return Source(
+        [f"{i:05d}" for i in range(len(pixels))],
+        read,
+        key=["cifar10", len(pixels)],
+        split=np.repeat([TRAIN, HELD_OUT], [train_count, len(pixels) - train_count]).astype(np.uint8),
+        labels=np.array([y for part in parts for y in part.targets], dtype=np.int64)[:, None],
+        label_names={"class": list(parts[0].classes)},
+    )
 
 
 def portraits(data: Data, seed: int) -> Source:
     """Procedural faces; the held-out ones are the next indices after the training ones."""
+    if data.image_size < 16:
+        raise UserError(f"data.image_size: synthetic_faces are drawn at 16 pixels or more, not {data.image_size}")
     held_out = max(8, round(data.holdout * data.count))
     indices = np.arange(data.count + held_out)
     return Source(
@@ -214,7 +254,9 @@ def _download(dataset: str, root: str | None, **options) -> None:
     import torchvision.datasets
 
     try:
-        getattr(torchvision.datasets, dataset)(root, download=True, **options)
+        getattr(torchvision.datasets, dataset)(Path(root).expanduser(), download=True, **options)
     except Exception as error:  # no network, quota of the file host, gdown missing, checksum
-        raise UserError(f"torchvision cannot download {dataset} into {root} ({str(error).splitlines()[0]}); "
-                        f"download it by hand and name it with data.path") from None
+        raise UserError(
+            f"torchvision cannot download {dataset} into {root} ({first_line(error)}); "
+            f"download it by hand and name it with data.path"
+        ) from None

@@ -12,15 +12,24 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from artifacts import fill, fingerprint, load_weights, require_space, save_weights
+from artifacts import build, fingerprint, load_weights, require_space
 from config import Config, Diffusion, UserError
-from data import Encodings, Shuffle, to_uint8
+from data import Encodings, Shuffle, spread, to_uint8
 from models.schedules import Schedule, make_schedule, min_snr_weight, target
 from models.unet import UNet
 from models.vae import VAE
-from pictures import grid, plot_curves, save_png
+from pictures import grid
+from run import Run, experiment_of
 from sampling import image_generators, make_denoiser, randn, sample
-from training import Run, autocast, parameters_of, pick_device, pick_precision, run_experiment
+from training import (
+    STATE_BYTES,
+    TRAINING_BYTES,
+    autocast,
+    parameters_of,
+    pick_device,
+    pick_precision,
+    require_memory,
+)
 
 EVAL_LATENTS = 256  # held-out latents measured while training, each once per bin
 BINS = 10  # of timesteps
@@ -33,8 +42,14 @@ def train(config: Config, dry_run: bool) -> None:
     encodings = Encodings.load(config.run_dir / "encodings.pt")
     vae, vae_fingerprint = load_vae(config, device)
     if vae_fingerprint != encodings.vae_fingerprint:
-        raise UserError(f"{config.run_dir}/encodings.pt was made by another VAE ({encodings.vae_fingerprint}) than {config.run_dir}/vae holds "
-                        f"({vae_fingerprint}): run create_encodings.py")
+        raise UserError(
+            f"{config.run_dir}/encodings.pt was made by another VAE ({encodings.vae_fingerprint}) than {config.run_dir}/vae holds "
+            f"({vae_fingerprint}): run create_encodings.py"
+        )
+    if encodings.differences(config):
+        raise UserError(
+            f"{config.run_dir}/encodings.pt: {'; '.join(encodings.differences(config))}: run create_encodings.py, or set it back"
+        )
     n, channels, size, _ = encodings.mean.shape
     schedule = make_schedule(s.schedule, s.timesteps)
     torch.manual_seed(config.seed)
@@ -43,13 +58,18 @@ def train(config: Config, dry_run: bool) -> None:
     except ValueError as error:
         raise UserError(f"diffusion.widths: {error}") from None
     unet = unet.to(device, memory_format=torch.channels_last)
-    require_space(folder, 40 * parameters_of(unet))
+    require_space(folder, STATE_BYTES * parameters_of(unet))
+    require_memory(device, TRAINING_BYTES * parameters_of(unet) + 4 * encodings.mean.numel())
 
-    print(f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters on {size}x{size}x{channels} latents, on {device} in {str(dtype)[6:]}\n"
-          f"latents: {n:,} for training{' and their mirrors' if encodings.mean_flipped is not None else ''}, {len(encodings.held_out):,} held out\n"
-          f"{s.schedule} schedule, T = {s.timesteps}, predicts {s.prediction}, weighting {s.weighting}\n"
-          f"steps: {s.steps:,} of {s.batch_size} latents" + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "") + "\n"
-          f"files: {folder}/unet.safetensors, state.pt, metrics.jsonl, curves.png, samples/")
+    print(
+        f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters on {size}x{size}x{channels} latents, on {device} in {str(dtype)[6:]}\n"
+        f"latents: {n:,} for training{' and their mirrors' if encodings.mean_flipped is not None else ''}, {len(encodings.held_out):,} held out\n"
+        f"{s.schedule} schedule, T = {s.timesteps}, predicts {s.prediction}, weighting {s.weighting}\n"
+        f"steps: {s.steps:,} of {s.batch_size} latents"
+        + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "")
+        + "\n"
+        f"files: {folder}/unet.safetensors, state.pt, metrics.jsonl, curves.png, samples/"
+    )
     if dry_run:
         return
 
@@ -59,15 +79,16 @@ def train(config: Config, dry_run: bool) -> None:
     latents = latents.to(device)
     order = Shuffle(n, config.seed)
     alphas, sigmas = schedule.tables(device)
-    held_out = normaliser.normalise(encodings.held_out[:EVAL_LATENTS].to(device))
-    experiment = run_experiment(config, "diffusion", encodings_fingerprint=encodings_fingerprint(encodings))
+    held_out = normaliser.normalise(spread(encodings.held_out, EVAL_LATENTS).to(device))
+    experiment = experiment_of(config, "diffusion", encodings_fingerprint=encodings.fingerprint)
 
-    def save_for_use(ema_unet: UNet) -> None:
-        header = dict(kind="unet", settings=unet.settings, schedule=s.schedule, timesteps=s.timesteps, prediction=s.prediction,
-                      vae_fingerprint=vae_fingerprint, step=run.step, steps=s.steps, minutes=run.minutes, complete=run.complete, ema=s.ema)
-        save_weights(folder / "unet.safetensors", {**ema_unet.state_dict(), **encodings.normaliser.state_dict("normaliser.")}, header)
+    header = dict(
+        kind="unet", settings=unet.settings, schedule=s.schedule, timesteps=s.timesteps, prediction=s.prediction, ema=s.ema,
+        vae_fingerprint=vae_fingerprint, encodings_fingerprint=encodings.fingerprint,
+    )  # fmt: skip
+    extra = encodings.normaliser.state_dict("normaliser.")
 
-    with Run(folder, unet, s, experiment, device, config.seed, config.logging) as run:
+    with Run(folder, unet, s, experiment, config.seed, config.logging, "unet.safetensors", header, extra) as run:
         if run.over:
             print(f"{folder}: already trained, {run.step:,} steps in {run.minutes:.1f} minutes")
             return
@@ -76,18 +97,21 @@ def train(config: Config, dry_run: bool) -> None:
                 run.report()
             if run.due(s.eval_every):
                 losses = held_out_losses(run.ema.net, held_out, schedule, s, dtype)
-                run.log({"held_out/loss": sum(losses) / BINS, **{f"held_out/loss_bin{b}": loss for b, loss in enumerate(losses)}})
-                run.say(f"held-out loss {sum(losses) / BINS:.4f}, by timestep bin " + " ".join(f"{loss:.3f}" for loss in losses))
+                run.log(
+                    {"held_out/loss": sum(losses) / BINS, **{f"held_out/loss_bin{b}": loss for b, loss in enumerate(losses)}}
+                )
+                run.say(
+                    f"held-out loss {sum(losses) / BINS:.4f}, by timestep bin " + " ".join(f"{loss:.3f}" for loss in losses)
+                )
                 picture = sample_picture(run.ema.net, vae, normaliser, schedule, s, dtype)
-                run.picture("samples", picture)
-                save_png(picture, folder / "samples" / f"step_{run.step:07d}.png")
+                run.picture("samples", picture, f"samples/step_{run.step:07d}.png")
             if run.save_due():
-                run.save(save_for_use)
+                run.save()
             if run.over:
                 break
 
             run.seed_step()
-            rows = order.take(run.images_seen, s.batch_size).to(device)
+            rows = order.take(run.images_seen, s.batch_size).to(device, non_blocking=True)
             if encodings.mean_flipped is not None:
                 rows = rows + n * torch.randint(0, 2, rows.shape, device=device)
             z = normaliser.normalise(latents[rows])  # (B, C, h, w), unit variance
@@ -95,10 +119,13 @@ def train(config: Config, dry_run: bool) -> None:
             eps = torch.randn_like(z)
             with autocast(device, dtype):
                 loss = diffusion_loss(unet, z, eps, t, alphas, sigmas, s.prediction)  # (B,)
-            weight = min_snr_weight(s.prediction, (alphas[t] / sigmas[t]) ** 2, s.min_snr_gamma) if s.weighting == "min_snr" else 1.0
+            weight = (
+                min_snr_weight(s.prediction, (alphas[t] / sigmas[t]) ** 2, s.min_snr_gamma)
+                if s.weighting == "min_snr"
+                else 1.0
+            )
             run.step_with((weight * loss).mean(), loss, t, unweighted_loss=loss.mean())
     run.stop_if_told()
-    plot_curves(folder)
     print(f"done: {folder}/unet.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
 
 
@@ -120,7 +147,10 @@ def held_out_losses(unet: UNet, z: Tensor, schedule: Schedule, s: Diffusion, dty
         t = torch.linspace(low, high - 1, len(z)).round().long().to(z.device)
         eps = torch.randn(z.shape, generator=generator).to(z.device)
         with autocast(z.device, dtype):
-            parts = [diffusion_loss(unet, *part, alphas, sigmas, s.prediction) for part in zip(*(x.split(s.batch_size) for x in (z, eps, t)))]
+            parts = [
+                diffusion_loss(unet, *part, alphas, sigmas, s.prediction)
+                for part in zip(*(x.split(s.batch_size) for x in (z, eps, t)))
+            ]
         losses.append(float(torch.cat(parts).mean()))
     return losses
 
@@ -132,8 +162,19 @@ def sample_picture(unet: UNet, vae: VAE, normaliser, schedule: Schedule, s: Diff
     images = []
     for start in range(0, s.sample_images, s.batch_size):
         indices = range(start, min(start + s.batch_size, s.sample_images))
-        noise = randn((len(indices), settings["channels"], settings["size"], settings["size"]), image_generators(0, indices, "cpu"), device)
-        z = sample(make_denoiser(unet, schedule, s.prediction, device, dtype), noise, schedule, "ddim", min(25, s.timesteps), x0_range=normaliser.range())
+        noise = randn(
+            (len(indices), settings["channels"], settings["size"], settings["size"]),
+            image_generators(0, indices, "cpu"),
+            device,
+        )
+        z = sample(
+            make_denoiser(unet, schedule, s.prediction, device, dtype),
+            noise,
+            schedule,
+            "ddim",
+            min(25, s.timesteps),
+            x0_range=normaliser.range(),
+        )
         with autocast(device, dtype):
             images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))
     return grid(torch.cat(images).numpy(), cols=max(1, round(s.sample_images**0.5)))
@@ -143,13 +184,8 @@ def load_vae(config: Config, device: torch.device) -> tuple[VAE, str]:
     """The frozen VAE of this experiment and its fingerprint."""
     path = config.run_dir / "vae" / "vae.safetensors"
     tensors, header = load_weights(path, "vae", "train_vae.py")
-    vae = fill(VAE(**header["settings"]), tensors, path).to(device, memory_format=torch.channels_last)
+    vae = build(VAE, tensors, header, path).to(device, memory_format=torch.channels_last)
     return vae.eval().requires_grad_(False), fingerprint(tensors)
-
-
-def encodings_fingerprint(encodings: Encodings) -> str:
-    """What the U-Net's world is made of: the VAE, the images, and how latents are scaled."""
-    return f"{encodings.vae_fingerprint}-{encodings.data_fingerprint}-{fingerprint(encodings.normaliser.state_dict())}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,16 +10,28 @@ if __name__ == "__main__":
     cli.answer_early(__doc__)  # --help and a wrong config need no torch
 
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
-from artifacts import require_space, save_weights
+from artifacts import require_space
 from config import Config, UserError, Vae
-from data import Images, PixelBatches, Shuffle, load_images, to_uint8
+from data import PixelBatches, Shuffle, find_images, to_uint8
 from models.losses import make_perceptual, perceptual_weights
 from models.vae import VAE, reconstruction_error
-from pictures import pairs, plot_curves, save_png
+from pictures import pairs
+from run import Run, experiment_of
 from sources import HELD_OUT, TRAIN
-from training import Run, autocast, parameters_of, pick_device, pick_precision, run_experiment
+from training import (
+    STATE_BYTES,
+    TRAINING_BYTES,
+    autocast,
+    parameters_of,
+    pick_device,
+    pick_precision,
+    require_memory,
+)
 
 EVAL_IMAGES = 512  # held-out images measured while training
 SHEET_IMAGES = 32
@@ -30,32 +42,39 @@ def train(config: Config, dry_run: bool) -> None:
     dtype = pick_precision(config.precision, device)
     folder = config.run_dir / "vae"
     perceptual = load_perceptual(s, device)
-    images = load_images(config)
+    found = find_images(config)
     torch.manual_seed(config.seed)
-    vae = VAE(s.widths, s.blocks, s.latent_channels, s.attention, s.patch, s.output).to(device, memory_format=torch.channels_last)
+    vae = VAE(s.widths, s.blocks, s.latent_channels, s.attention, s.patch, s.output).to(
+        device, memory_format=torch.channels_last
+    )
     size, latent = config.data.image_size, config.data.image_size // vae.downsampling
-    train_rows, held_out_rows = images.rows(TRAIN), images.rows(HELD_OUT)[:EVAL_IMAGES]
-    require_space(folder, 40 * parameters_of(vae))  # two states of weights, EMA and two moments; one weights file
+    require_space(folder, STATE_BYTES * parameters_of(vae))
+    require_memory(device, TRAINING_BYTES * parameters_of(vae))
 
-    print(f"VAE: {parameters_of(vae) / 1e6:.2f}M parameters, {size}x{size}x3 -> {latent}x{latent}x{s.latent_channels}, on {device} in {str(dtype)[6:]}\n"
-          f"images: {len(train_rows):,} for training, {len(images.rows(HELD_OUT)):,} held out\n"
-          f"loss: {s.reconstruction}" + (f" + {s.perceptual.weight:g} {perceptual.title}" if perceptual else "") + f" + {s.kl_weight:g} KL (nats per latent dimension)\n"
-          f"steps: {s.steps:,} of {s.batch_size} images" + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "") + "\n"
-          f"files: {folder}/vae.safetensors, state.pt, metrics.jsonl, curves.png, reconstructions.png")
+    print(
+        f"VAE: {parameters_of(vae) / 1e6:.2f}M parameters, {size}x{size}x3 -> {latent}x{latent}x{s.latent_channels}, on {device} in {str(dtype)[6:]}\n"
+        f"images: {found.count(TRAIN):,} for training, {found.count(HELD_OUT):,} held out\n"
+        f"loss: {s.reconstruction}"
+        + (f" + {s.perceptual.weight:g} {perceptual.title}" if perceptual else "")
+        + f" + {s.kl_weight:g} KL (nats per latent dimension)\n"
+        f"steps: {s.steps:,} of {s.batch_size} images"
+        + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "")
+        + "\n"
+        f"files: {folder}/vae.safetensors, state.pt, metrics.jsonl, curves.png, reconstructions.png"
+    )
     if dry_run:
         return
 
+    images = found.load()
+    train_rows = images.rows(TRAIN)
     batches = PixelBatches(images.pixels, train_rows, device)
-    held_out = PixelBatches(images.pixels, held_out_rows, device)
+    held_out = PixelBatches(images.pixels, images.rows(HELD_OUT, EVAL_IMAGES), device)
     order = Shuffle(len(train_rows), config.seed)
-    experiment = run_experiment(config, "vae", data_fingerprint=images.fingerprint)
+    experiment = experiment_of(config, "vae", data_fingerprint=images.fingerprint)
 
-    def save_for_use(ema_vae: VAE) -> None:
-        header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint,
-                      step=run.step, steps=s.steps, minutes=run.minutes, complete=run.complete)
-        save_weights(folder / "vae.safetensors", ema_vae.state_dict(), header)
+    header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint)
 
-    with Run(folder, vae, s, experiment, device, config.seed, config.logging) as run:
+    with Run(folder, vae, s, experiment, config.seed, config.logging, "vae.safetensors", header) as run:
         if run.over:
             print(f"{folder}: already trained, {run.step:,} steps in {run.minutes:.1f} minutes")
             return
@@ -65,11 +84,10 @@ def train(config: Config, dry_run: bool) -> None:
             if run.due(s.eval_every):
                 figures, sheet = evaluate(run.ema.net, held_out, perceptual, s, device, dtype)
                 run.log({f"held_out/{name}": value for name, value in figures.items()})
-                run.picture("reconstructions", sheet)
-                save_png(sheet, folder / "reconstructions.png")
+                run.picture("reconstructions", sheet, "reconstructions.png")
                 run.say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
             if run.save_due():
-                run.save(save_for_use)
+                run.save()
             if run.over:
                 break
 
@@ -85,9 +103,10 @@ def train(config: Config, dry_run: bool) -> None:
             kl = posterior.kl().mean(dim=(1, 2, 3))  # (B,) nats per latent dimension
             kl_weight = s.kl_weight * min(1.0, (run.step + 1) / max(1, s.kl_warmup))
             per_image = error + s.perceptual.weight * distance.float() + kl_weight * kl
-            run.step_with(per_image.mean(), per_image, reconstruction=error.mean(), perceptual=distance.mean(), nats_per_dim=kl.mean())
+            run.step_with(
+                per_image.mean(), per_image, reconstruction=error.mean(), perceptual=distance.mean(), nats_per_dim=kl.mean()
+            )
     run.stop_if_told()
-    plot_curves(folder)
     print(f"done: {folder}/vae.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
 
 
@@ -96,7 +115,9 @@ def load_perceptual(s: Vae, device: torch.device):
     if s.perceptual.net == "none" or s.perceptual.weight == 0:
         return None
     try:
-        return make_perceptual(s.perceptual.net, perceptual_weights(s.perceptual.net, s.perceptual.weights)).to(device)
+        return make_perceptual(s.perceptual.net, perceptual_weights(s.perceptual.net, s.perceptual.weights)).to(
+            device, memory_format=torch.channels_last
+        )
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -43,10 +43,19 @@ class Normaliser:
             shift, scale = torch.zeros(channels), total_var.rsqrt().expand(channels)
         else:
             shift, scale = mean, var.rsqrt()
-        if not torch.isfinite(scale).all():
-            raise ValueError("a latent channel has no variance: the VAE does not use it (train longer, or fewer latent_channels)")
-        values = dict(shift=shift, scale=scale, mean=(mean - shift) * scale, std=var.sqrt() * scale, kurtosis=kurtosis,
-                      low=(low - shift) * scale, high=(high - shift) * scale)
+        if not torch.isfinite(scale).all() or not (var > 0).all():
+            raise ValueError(
+                "a latent channel has no variance: the VAE does not use it (train longer, or fewer latent_channels)"
+            )
+        values = dict(
+            shift=shift,
+            scale=scale,
+            mean=(mean - shift) * scale,
+            std=var.sqrt() * scale,
+            kurtosis=kurtosis,
+            low=(low - shift) * scale,
+            high=(high - shift) * scale,
+        )
         return cls(**{name: value.float().contiguous() for name, value in values.items()})
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -64,7 +73,8 @@ class Normaliser:
 
     def overall_std(self) -> float:
         """Std of all values of z over the training set, the channels taken together."""
-        return float(((self.std.double() ** 2 + self.mean.double() ** 2).mean() - self.mean.double().mean() ** 2).sqrt())
+        std, mean = self.std.cpu().double(), self.mean.cpu().double()  # MPS has no float64
+        return float(((std**2 + mean**2).mean() - mean.mean() ** 2).sqrt())
 
     def to(self, device) -> "Normaliser":
         return Normaliser(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

@@ -29,7 +29,8 @@ def perceptual_weights(net: str, weights: str | None) -> Path:
             raise FileNotFoundError(
                 f"the weights of vae.perceptual.net={net} are not in torchvision's cache and cannot be downloaded ({error}). "
                 f"Three ways out: put {url} at {cached}; name a local copy with vae.perceptual.weights=FILE; "
-                f"or train without, vae.perceptual.net=none") from None
+                f"or train without, vae.perceptual.net=none"
+            ) from None
     return cached
 
 
@@ -42,7 +43,7 @@ def make_perceptual(net: str, weights: Path) -> nn.Module:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         distance = VGG19Distance(state) if net == "vgg19" else LPIPS(net, state, official=_is_torchvisions(weights))
     except Exception as error:  # a truncated file, a pickle that wants to run code, another network
-        raise ValueError(f"{weights} does not hold the weights of {net}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{weights} does not hold the weights of {net}: {error!r:.160}") from None
     return distance.eval().requires_grad_(False)
 
 
@@ -51,7 +52,9 @@ def _is_torchvisions(weights: Path) -> bool:
     import torchvision.models as zoo
 
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    prefixes = [getattr(zoo, name).IMAGENET1K_V1.url.rsplit("-", 1)[1].removesuffix(".pth") for name in LPIPS_BACKBONES.values()]
+    prefixes = [
+        getattr(zoo, name).IMAGENET1K_V1.url.rsplit("-", 1)[1].removesuffix(".pth") for name in LPIPS_BACKBONES.values()
+    ]
     return any(digest.startswith(prefix) for prefix in prefixes)
 
 
@@ -68,13 +71,25 @@ class LPIPS(nn.Module):
 
         self.title = f"LPIPS ({net})" if official else f"{net} distance (not LPIPS: other weights than torchvision's)"
         self.metric = lpips.LPIPS(net=net, pnet_rand=True, lpips=official, verbose=False)
+        # One 1x1 convolution per tap, or the plain sum over channels.
+        self.heads = self.metric.lins if official else [lambda d: d.sum(dim=1, keepdim=True)] * self.metric.L
         backbone = self.metric.net
         # The package cuts features into slice1 … sliceN and keeps torchvision's numbering inside them.
         wanted = {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}
         backbone.load_state_dict({name: state[source] for name, source in wanted.items()})
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.metric(a, b).flatten()  # (B,)
+        # The package's own forward, but for unit(): its division by |x| has no gradient where all features are zero.
+        metric, total = self.metric, 0.0
+        for one, two, head in zip(*(metric.net(metric.scaling_layer(x)) for x in (a, b)), self.heads):
+            total = total + head((unit(one) - unit(two)).square()).mean(dim=(1, 2, 3))
+        return total  # (B,)
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features (B, C, h, w) scaled to unit length over channels, float32; zero where all are zero."""
+    features = features.float()
+    return features / (features.square().sum(dim=1, keepdim=True) + 1e-10).sqrt()
 
 
 class VGG19Distance(nn.Module):
@@ -96,13 +111,16 @@ class VGG19Distance(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        h = torch.cat([a, b])  # one pass for both: (2B, 3, H, W)
-        h = ((h + 1) / 2 - self.mean) / self.std
-        total = a.new_zeros(len(a), dtype=torch.float32)
+        total = 0.0
+        for one, two in zip(self.taps(a), self.taps(b)):
+            total = total + (unit(one) - unit(two)).square().sum(dim=1).mean(dim=(1, 2))
+        return total  # (B,)
+
+    def taps(self, images: Tensor) -> list[Tensor]:
+        """relu1_2 (B, 64, H, W), relu2_2 (B, 128, H/2, W/2), relu3_1 (B, 256, H/4, W/4)."""
+        h, taps = ((images + 1) / 2 - self.mean) / self.std, []
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in VGG19_TAPS:
-                unit = h.float() / (h.float().square().sum(dim=1, keepdim=True) + 1e-10).sqrt()
-                one, two = unit.chunk(2)
-                total = total + (one - two).square().sum(dim=1).mean(dim=(1, 2))
-        return total  # (B,)
+                taps.append(h)
+        return taps

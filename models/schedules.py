@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 
 SCHEDULES = ("linear", "cosine", "scaled_linear")
+COSINE_SIGMA_MAX = 80.0  # sampling starts where sigma/alpha is at most this: beyond, up to 20000, errors in eps explode
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, §3.2: keeps the last cosine steps from becoming singular
 
 
 class Schedule:
-    """A table of alphas_cumprod and what follows from it. `t` is an int or an integer tensor, -1 meaning clean data."""
+    """A table of alphas_cumprod and what follows from it. `t` is an int or an integer tensor, -1 meaning clean data.
 
-    def __init__(self, name: str, betas: Tensor):
-        self.name = name
+    `sigma_max` is the largest sigma/alpha at which sampling should start.
+    """
+
+    def __init__(self, name: str, betas: Tensor, sigma_max: float = math.inf):
+        self.name, self.sigma_max = name, sigma_max
         self.timesteps = len(betas)  # T
         self.betas = betas.double()  # (T,)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,)
@@ -74,7 +78,7 @@ def make_schedule(name: str, timesteps: int = 1000) -> Schedule:
         s = 0.008
         edges = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps  # t/T at the T+1 edges
         alpha_bar = torch.cos((edges + s) / (1 + s) * math.pi / 2) ** 2
-        return Schedule(name, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA))
+        return Schedule(name, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA), COSINE_SIGMA_MAX)
     raise ValueError(f"schedule {name!r} does not exist; there are: {', '.join(SCHEDULES)}")
 
 

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Attention, Downsample, ResBlock, Upsample, norm, timestep_embedding, zero
+from models.layers import (
+    Attention,
+    Downsample,
+    ResBlock,
+    Upsample,
+    norm,
+    timestep_embedding,
+    zero,
+)
 
 
 class UNet(nn.Module):
@@ -14,11 +22,26 @@ class UNet(nn.Module):
     have self-attention after every residual block. Raises ValueError if `size` cannot be halved that often.
     """
 
-    def __init__(self, channels: int, size: int, widths: list[int], blocks: int, attention: list[int],
-                 head_channels: int = 64, dropout: float = 0.0):
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        widths: list[int],
+        blocks: int,
+        attention: list[int],
+        head_channels: int = 64,
+        dropout: float = 0.0,
+    ):
         super().__init__()
-        self.settings = dict(channels=channels, size=size, widths=list(widths), blocks=blocks, attention=list(attention),
-                             head_channels=head_channels, dropout=dropout)
+        self.settings = dict(
+            channels=channels,
+            size=size,
+            widths=list(widths),
+            blocks=blocks,
+            attention=list(attention),
+            head_channels=head_channels,
+            dropout=dropout,
+        )
         if size % 2 ** (len(widths) - 1):
             raise ValueError(f"latents of {size}x{size} cannot be halved {len(widths) - 1} times")
         emb_dim = 4 * widths[0]
@@ -42,8 +65,13 @@ class UNet(nn.Module):
                 width = level_width
                 kept.append(width)
 
-        self.middle = nn.ModuleList([ResBlock(width, width, emb_dim, dropout), Attention(width, head_channels),
-                                     ResBlock(width, width, emb_dim, dropout)])
+        self.middle = nn.ModuleList(
+            [
+                ResBlock(width, width, emb_dim, dropout),
+                Attention(width, head_channels),
+                ResBlock(width, width, emb_dim, dropout),
+            ]
+        )
 
         self.up = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):

@@ -33,10 +33,24 @@ class VAE(nn.Module):
     output "tanh" bounds the decoder to [-1, 1]; "none" leaves it linear.
     """
 
-    def __init__(self, widths: list[int], blocks: int, latent_channels: int, attention: bool = False, patch: int = 1, output: str = "none"):
+    def __init__(
+        self,
+        widths: list[int],
+        blocks: int,
+        latent_channels: int,
+        attention: bool = False,
+        patch: int = 1,
+        output: str = "none",
+    ):
         super().__init__()
-        self.settings = dict(widths=list(widths), blocks=blocks, latent_channels=latent_channels,
-                             attention=attention, patch=patch, output=output)
+        self.settings = dict(
+            widths=list(widths),
+            blocks=blocks,
+            latent_channels=latent_channels,
+            attention=attention,
+            patch=patch,
+            output=output,
+        )
         self.downsampling = patch * 2 ** (len(widths) - 1)
         self.latent_channels, self.patch, self.output = latent_channels, patch, output
 
@@ -67,12 +81,18 @@ class VAE(nn.Module):
 
     @staticmethod
     def _middle(channels: int, attention: bool) -> list[nn.Module]:
-        return [ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels)] if attention else [ResBlock(channels, channels)]
+        return (
+            [ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels)]
+            if attention
+            else [ResBlock(channels, channels)]
+        )
 
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] -> q(z | x). H and W are multiples of the down-sampling factor, else ValueError."""
         if images.shape[-1] % self.downsampling or images.shape[-2] % self.downsampling:
-            raise ValueError(f"images of {images.shape[-1]}x{images.shape[-2]} do not divide by the down-sampling factor {self.downsampling}")
+            raise ValueError(
+                f"images of {images.shape[-1]}x{images.shape[-2]} do not divide by the down-sampling factor {self.downsampling}"
+            )
         mean, logvar = self.encoder(images).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
@@ -89,4 +109,8 @@ class VAE(nn.Module):
 
 def reconstruction_error(kind: str, images: Tensor, reconstruction: Tensor) -> Tensor:
     """Per-pixel error (B, 3, H, W): "mse" or "l1"."""
-    return F.mse_loss(reconstruction, images, reduction="none") if kind == "mse" else F.l1_loss(reconstruction, images, reduction="none")
+    return (
+        F.mse_loss(reconstruction, images, reduction="none")
+        if kind == "mse"
+        else F.l1_loss(reconstruction, images, reduction="none")
+    )

@@ -1,0 +1,279 @@
+"""A training run's folder: resumes, logs, saves, and knows when to stop."""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from artifacts import NoSpace, first_line, load_plain, load_weights, save_plain, save_weights
+from cli import Diverged, Stopped
+from config import Config, Logging, Training, UserError
+from logs import Writers
+from pictures import plot_curves, save_png
+from training import EMA, learning_rate
+
+# What may differ when a run is resumed; everything else would make it another experiment.
+MAY_CHANGE = ("steps", "max_minutes", "log_every", "eval_every", "save_minutes", "sample_images", "name")
+
+
+def experiment_of(config: Config, section: str, **fingerprints: str) -> dict:
+    """What a run is: the stage's settings, the seed, and what it was trained on. The same on resume, except for MAY_CHANGE."""
+    return {section: getattr(config, section).model_dump(), "seed": config.seed, "flip": config.data.flip, **fingerprints}
+
+
+class Run:
+    """Network, EMA and AdamW, and the folder they live in.
+
+        with Run(folder, net, settings, …) as run:   # resumes from folder/state.pt
+            while True:                              # report → evaluate → save → stop? → step
+                if run.due(log_every): run.report()
+                if run.due(eval_every): …
+                if run.save_due(): run.save()
+                if run.over: break
+                run.seed_step()
+                run.step_with(loss, …)
+
+    Whether it is `over` is decided once per step, so that all decisions after a step agree. `weights` is the file for use: the
+    EMA network, `extra` tensors, and `header` with how far the run has come.
+    """
+
+    def __init__(self, folder: Path, net: nn.Module, settings: Training, experiment: dict, seed: int, logging: Logging,
+                 weights: str, header: dict, extra: dict[str, Tensor] | None = None):  # fmt: skip
+        self.folder, self.net, self.settings, self.experiment, self.seed = folder, net, settings, experiment, seed
+        self.weights, self.header, self.extra = folder / weights, header, extra or {}
+        self.ema = EMA(net, settings.ema)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.step = 0  # optimiser steps done
+        self._minutes_before = 0.0
+        self._resume()
+        self._first_step = self.step
+        self._started = self._saved_at = time.monotonic()
+        self._restart_stopwatch()
+        self._sums: dict[str, Tensor] = {}  # of figures since the last report, on the device
+        self._summed = 0
+        # (step, timestep) of the first loss that was not finite, on the device: reading it every step would wait for it.
+        self._bad = torch.full((2,), -1, device=next(net.parameters()).device)
+        self._signal: int | None = None
+        self._decide()
+        if self.over:
+            self._save_if_stale()
+        self._writers = None if self.over else Writers(folder, experiment, logging, self.step)
+
+    # Time and steps
+
+    @property
+    def minutes(self) -> float:
+        """Minutes of training, all runs together."""
+        return self._minutes_before + (time.monotonic() - self._started) / 60
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.settings.batch_size
+
+    def _decide(self) -> None:
+        budget = self.settings.max_minutes
+        self.stopped_by = self._signal
+        self.complete = self.step >= self.settings.steps or (budget is not None and self.minutes >= budget)
+        self.over = self.complete or self.stopped_by is not None
+
+    def due(self, every: int) -> bool:
+        """Is it time for something done every so many steps? Always when complete, never before the first step."""
+        return self.step > self._first_step and (self.complete or (self.step % every == 0 and not self.over))
+
+    def seed_step(self) -> None:
+        """Make the randomness of this step a function of (seed, step): nothing to save, and a resumed run draws the same."""
+        torch.manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+
+    def __enter__(self) -> "Run":
+        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._started = self._saved_at = time.monotonic()
+        self._restart_stopwatch()
+        self._bar = tqdm(
+            total=self.settings.steps, initial=self.step, desc=self.folder.name, disable=self.over,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._bar.close()
+        if self._writers:
+            self._writers.close()
+            if self.step > self._first_step:
+                with _surviving_a_full_disk("the curves"):
+                    plot_curves(self.folder)
+
+    def _on_signal(self, number: int, _frame) -> None:
+        if self._signal is not None:  # asked twice: the user does not want to wait for the save
+            raise KeyboardInterrupt
+        self._signal = number
+        tqdm.write(f"stopping after this step ({signal.Signals(number).name})")
+
+    # One step
+
+    def step_with(self, loss: Tensor, per_image: Tensor, timesteps: Tensor | None = None, **figures: Tensor) -> None:
+        """Backward, clip, AdamW, EMA. `per_image` (B,) and `timesteps` (B,) serve to name what was not finite.
+
+        `figures` (scalars on the device) are averaged until the next report.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, self.step, self.minutes)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.step)
+        self._watch(per_image.detach(), norm, timesteps)
+        for name, value in {"loss": loss, "grad_norm": norm, **figures}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        self._summed += 1
+        self.step += 1
+        self._decide()
+        self._bar.update()
+
+    def _watch(self, per_image: Tensor, norm: Tensor, timesteps: Tensor | None) -> None:
+        broken = ~torch.isfinite(per_image)
+        timestep = torch.full_like(self._bad[0], -1)
+        if timesteps is not None:
+            timestep = torch.where(broken.any(), timesteps[broken.long().argmax()], timestep)
+        first = (broken.any() | ~torch.isfinite(norm)) & (self._bad[0] < 0)
+        self._bad = torch.where(first, torch.stack([torch.full_like(timestep, self.step), timestep]), self._bad)
+
+    def _check_finite(self) -> None:
+        step, timestep = self._bad.tolist()
+        if step < 0:
+            return
+        what = f"the loss at timestep {timestep} is" if timestep >= 0 else "the loss or its gradient is"
+        kept = "the last good state is kept" if (self.folder / "state.pt").exists() else "no state had been saved yet"
+        raise Diverged(f"{self.folder}: {what} not finite in step {step}, learning rate {self.optimizer.param_groups[0]['lr']:.3g}; "
+                       f"{kept}. Try a smaller lr, or precision=float32")  # fmt: skip
+
+    # Logging
+
+    def report(self) -> None:
+        """Write the averages since the last report: progress bar, metrics.jsonl, TensorBoard. Raises Diverged."""
+        self._check_finite()
+        if not self._summed:
+            return
+        means = {name: float(total) / self._summed for name, total in self._sums.items()}
+        self._sums, self._summed = {}, 0
+        seconds = time.monotonic() - self._stopwatch
+        rate = (self.step - self._stopwatch_step) * self.settings.batch_size / max(seconds, 1e-9)  # images per second
+        self.log({f"train/{name}": value for name, value in means.items()}
+                 | {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate})  # fmt: skip
+        left = (self.settings.steps - self.step) * self.settings.batch_size / max(rate, 1e-9) / 60
+        if self.settings.max_minutes is not None:
+            left = min(left, max(0.0, self.settings.max_minutes - self.minutes))
+        clock = f"{int(left)}:{int(left * 60) % 60:02d}"
+        self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} img/s, {clock} left", refresh=False)
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Write figures of this step to metrics.jsonl, TensorBoard, wandb."""
+        with _surviving_a_full_disk("the figures"):
+            self._writers.figures(self.step, {"images_seen": self.images_seen, "minutes": round(self.minutes, 3), **figures})
+        self._restart_stopwatch()
+
+    def picture(self, name: str, image, file: str) -> None:
+        """Write a PIL image to the run's folder and show it in TensorBoard and wandb."""
+        with _surviving_a_full_disk(file):
+            save_png(image, self.folder / file)
+            self._writers.picture(self.step, name, image)
+        self._restart_stopwatch()
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(f"step {self.step:,}: {text}")
+
+    def _restart_stopwatch(self) -> None:
+        """Leave what is not training out of the images per second."""
+        self._stopwatch, self._stopwatch_step = time.monotonic(), self.step
+
+    # Saving
+
+    def save_due(self) -> bool:
+        if self.step == self._first_step:
+            return False
+        return self.over or time.monotonic() - self._saved_at > 60 * self.settings.save_minutes
+
+    def save(self) -> None:
+        """Write the weights file, then state.pt. Raises Diverged rather than save a broken state.
+
+        A full disk does not end a run that still has work to do: the files of the last save stay, and it tries again.
+        """
+        self._check_finite()
+        state = dict(kind="state", experiment=json.dumps(self.experiment), step=self.step, minutes=self.minutes,
+                     net=self.net.state_dict(), ema=self.ema.net.state_dict(), optimizer=self.optimizer.state_dict())  # fmt: skip
+        header = {
+            **self.header,
+            "step": self.step,
+            "steps": self.settings.steps,
+            "minutes": self.minutes,
+            "complete": self.complete,
+        }
+        with contextlib.nullcontext() if self.over else _surviving_a_full_disk(f"the state of step {self.step}"):
+            # In this order: cut off between the two, a resumed run makes the same weights again.
+            save_weights(self.weights, {**self.ema.net.state_dict(), **self.extra}, header)
+            save_plain(self.folder / "state.pt", state)
+        self._saved_at = time.monotonic()
+        self._restart_stopwatch()
+
+    def _save_if_stale(self) -> None:
+        """A finished run whose weights file is missing, damaged or older than its state: write it again."""
+        try:
+            _, header = load_weights(self.weights, self.header["kind"], "")
+        except UserError:
+            header = {}
+        if header.get("step") != self.step or not header.get("complete"):
+            self.save()
+
+    def _resume(self) -> None:
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        remedy = f"remove {path} to start anew"
+        state = load_plain(path, remedy)
+        try:
+            differing = _differences(json.loads(state["experiment"]), json.loads(json.dumps(self.experiment)))
+            if not differing:
+                self.net.load_state_dict(state["net"])
+                self.ema.net.load_state_dict(state["ema"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.step, self._minutes_before = int(state["step"]), float(state["minutes"])
+        except Exception as error:  # a dictionary that is no state: keys, types and shapes may all be wrong
+            raise UserError(f"{path} is not a state of this network ({first_line(error)}): {remedy}") from None
+        if differing:
+            raise UserError(f"{self.folder} holds a run with other settings ({'; '.join(differing)}): give this one another name, "
+                            f"set them back, or remove {self.folder}")  # fmt: skip
+
+    def stop_if_told(self) -> None:
+        """After the loop: raise Stopped if a signal ended it before it was complete."""
+        if self.stopped_by is not None and not self.complete:
+            raise Stopped(f"stopped at step {self.step} of {self.settings.steps}, state saved in {self.folder}; "
+                          f"the same command goes on from here", self.stopped_by)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _surviving_a_full_disk(what: str):
+    try:
+        yield
+    except NoSpace:
+        tqdm.write(f"no space left on the disk for {what}; what was saved before is kept, training goes on")
+
+
+def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """Dotted names whose values differ, MAY_CHANGE left out."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new and name not in MAY_CHANGE:
+            found.append(f"{prefix}{name} was {old}, now {new}")
+    return found

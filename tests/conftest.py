@@ -1,0 +1,71 @@
+"""Shared by the tests: a tiny experiment in a temporary folder, and pictures made by Pillow."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY = """
+name: tiny
+device: cpu
+precision: float32
+data: {source: synthetic_faces, count: 48, image_size: 16}
+vae: {widths: [8, 16], latent_channels: 4, attention: false, perceptual: {net: none}, steps: 6, batch_size: 8, log_every: 2,
+      eval_every: 3, warmup: 2, ema: 0.9}
+diffusion: {widths: [16, 32], blocks: 1, attention: [4], steps: 6, batch_size: 8, log_every: 2, eval_every: 3, warmup: 2,
+            ema: 0.9, sample_images: 4}
+sampling: {rows: 2, cols: 3, steps: 4}
+logging: {tensorboard: false}
+"""
+
+
+class Experiment:
+    """Runs stages of a tiny experiment in a folder of its own, by their main(argv)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = folder / "tiny.yaml"
+        self.config.write_text(TINY)
+        self.run_dir = folder / "runs" / "tiny"
+
+    def argv(self, *overrides: str) -> list[str]:
+        return [str(self.config), f"runs_dir={self.folder}/runs", f"results_dir={self.folder}/results", *overrides]
+
+    def run(self, stage: str, *overrides: str) -> int:
+        return __import__(stage).main(self.argv(*overrides))
+
+    def train_all(self, *overrides: str) -> None:
+        for stage in ("train_vae", "create_encodings", "train_diffusion"):
+            assert self.run(stage, *overrides) == 0, stage
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Experiment:
+    return Experiment(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Experiment:
+    """An experiment with its first three stages done; tests that use it must not change its files."""
+    experiment = Experiment(tmp_path_factory.mktemp("trained"))
+    experiment.train_all()
+    return experiment
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of 20 JPEGs of 40x30, each of one colour."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (40, 30), (12 * i, 255 - 12 * i, 100)).save(folder / f"{i:02d}.jpg", quality=95)
+    return folder
+
+
+def noise_image(seed: int, width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))

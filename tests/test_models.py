@@ -1,0 +1,317 @@
+"""Networks, losses, EMA: sizes, gradients, closed forms."""
+
+import math
+
+import pytest
+import torch
+import torchvision.models as zoo
+
+from config import load_config
+from models.latents import Normaliser
+from models.layers import Attention, ResBlock, timestep_embedding
+from models.losses import LPIPS, make_perceptual, perceptual_weights
+from models.unet import UNet
+from models.vae import VAE, Posterior
+from training import EMA, learning_rate, parameters_of
+
+ROOT = __import__("conftest").ROOT
+
+
+def small_vae(**changes):
+    return VAE(**{**dict(widths=[8, 16], blocks=1, latent_channels=4, attention=True), **changes})
+
+
+def small_unet(**changes):
+    return UNet(**{**dict(channels=4, size=8, widths=[16, 32], blocks=1, attention=[4]), **changes})
+
+
+def wake(net):
+    """Move zero-initialised layers off zero: at zero they pass no gradient to what lies before them."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def test_sizes_of_celeba64():
+    config = load_config(ROOT / "configs" / "celeba64.yaml")
+    v, d = config.vae, config.diffusion
+    vae = VAE(v.widths, v.blocks, v.latent_channels, v.attention, v.patch, v.output)
+    assert vae.downsampling == 4 and vae.latent_channels == 8
+    assert parameters_of(vae) == pytest.approx(2.8e6, rel=0.05)
+    assert parameters_of(UNet(8, 16, d.widths, d.blocks, d.attention, d.head_channels)) == pytest.approx(35e6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes, f", [({}, 2), (dict(patch=2), 4), (dict(widths=[8, 8, 16]), 4), (dict(patch=3, widths=[8]), 3)]
+)
+def test_vae_shapes(changes, f):
+    vae = small_vae(**changes)
+    x = torch.randn(2, 3, 12, 24)
+    posterior = vae.encode(x)
+    assert posterior.mean.shape == (2, 4, 12 // f, 24 // f) == posterior.logvar.shape
+    assert vae.decode(posterior.mean).shape == x.shape
+
+
+def test_vae_refuses_a_size_that_does_not_divide():
+    with pytest.raises(ValueError, match="down-sampling factor 2"):
+        small_vae().encode(torch.zeros(1, 3, 15, 16))
+
+
+def test_tanh_bounds_the_decoder():
+    z = 100 * torch.randn(2, 4, 4, 4)
+    assert wake(small_vae(output="tanh")).decode(z).abs().max() <= 1 < wake(small_vae()).decode(z).abs().max()
+
+
+def test_kl_in_closed_form():
+    """KL(N(m, s²) || N(0, 1)) against torch.distributions."""
+    mean, logvar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(Posterior(mean, logvar).kl(), exact)
+
+
+def test_posterior_samples_have_its_moments():
+    posterior = Posterior(torch.full((1, 1, 400, 400), 2.0), torch.full((1, 1, 400, 400), -1.0))
+    samples = posterior.sample(torch.Generator().manual_seed(0))
+    assert float(samples.mean()) == pytest.approx(2.0, abs=0.01) and float(samples.std()) == pytest.approx(0.6065, abs=0.01)
+
+
+def test_every_parameter_gets_a_gradient():
+    vae, unet = wake(small_vae()), wake(small_unet())
+    x = torch.randn(2, 3, 16, 16)
+    y, posterior = vae(x)
+    (y.square().mean() + posterior.kl().mean()).backward()
+    unet(torch.randn(2, 4, 8, 8), torch.tensor([1, 900])).square().mean().backward()
+    for net in (vae, unet):
+        assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_blocks_begin_as_the_identity():
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(ResBlock(16, 16, emb_dim=8)(x, torch.randn(2, 8)), x)
+    assert torch.equal(Attention(16)(x), x)
+    assert torch.equal(small_unet()(torch.randn(2, 4, 8, 8), torch.tensor([1, 2])), torch.zeros(2, 4, 8, 8))
+
+
+def test_attention_by_hand():
+    """One head, against softmax(q kᵀ / sqrt(d)) v written out."""
+    torch.manual_seed(0)
+    layer = wake(Attention(8, head_channels=8)).double()
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
+    tokens = layer.norm(x).flatten(2).transpose(1, 2)  # (B, 6, 8)
+    q, k, v = layer.qkv(tokens).split(8, dim=2)
+    attended = torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1) @ v
+    torch.testing.assert_close(layer(x), x + layer.out(attended).transpose(1, 2).view_as(x))
+
+
+def test_unet_knows_the_time():
+    unet = wake(small_unet())
+    z = torch.randn(1, 4, 8, 8)
+    assert not torch.allclose(unet(z, torch.tensor([10])), unet(z, torch.tensor([500])))
+    emb = timestep_embedding(torch.tensor([0, 3]), 8)
+    assert emb[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert float(emb[1, 4]) == pytest.approx(0.14112, abs=1e-5)  # sin(3)
+
+
+def test_unet_refuses_a_size_it_cannot_halve():
+    with pytest.raises(ValueError, match="cannot be halved"):
+        small_unet(size=6, widths=[16, 16, 16])
+
+
+def test_unet_overfits_one_batch():
+    """Fixed latents, noise and timesteps: a network that learns drives the loss to a small part of its start, which is 1."""
+    from models.schedules import make_schedule
+    from train_diffusion import diffusion_loss
+
+    torch.manual_seed(0)
+    unet, (alphas, sigmas) = small_unet(widths=[32, 64]), make_schedule("cosine").tables("cpu")
+    z, eps, t = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 8, 8), torch.linspace(50, 950, 8).long()
+    optimizer = torch.optim.AdamW(unet.parameters(), 2e-3)
+    first = None
+    for _ in range(150):
+        loss = diffusion_loss(unet, z, eps, t, alphas, sigmas, "eps").mean()
+        first = first if first is not None else loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert first == pytest.approx(1.0, abs=0.1) and loss.item() < 0.05
+
+
+def test_ema_closed_form():
+    """Weights that jump from 0 to 1: after N updates the average is 1 - prod d_n; with d_n = (1+n)/(10+n) that is
+    1 - 9! N! / (N+9)!, with a constant d it is 1 - d^N."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    net.weight.data.zero_()
+    warmed, capped = EMA(net, 0.9999), EMA(net, 0.1)
+    net.weight.data.fill_(1.0)
+    for n in range(4):
+        warmed.update(n)
+        if n < 3:
+            capped.update(n)
+    expected = 1 - math.factorial(9) * math.factorial(4) / math.factorial(13)
+    assert warmed.net.weight.item() == pytest.approx(expected, rel=1e-6) and expected < 0.999
+    assert capped.net.weight.item() == pytest.approx(1 - 0.1**3, rel=1e-6)
+
+
+def test_ema_zero_is_the_network_itself():
+    net = torch.nn.Linear(2, 2)
+    ema = EMA(net, 0.0)
+    net.weight.data.normal_()
+    ema.update(0)
+    assert torch.equal(ema.net.weight, net.weight)
+
+
+def test_learning_rate():
+    settings = load_config(
+        None, ["diffusion.warmup=10", "diffusion.steps=110", "diffusion.lr=1.0", "diffusion.lr_decay=cosine"]
+    ).diffusion
+    assert learning_rate(settings, 0) == pytest.approx(0.1) and learning_rate(settings, 9) == pytest.approx(1.0)
+    assert learning_rate(settings, 60) == pytest.approx(0.55) and learning_rate(settings, 110) == pytest.approx(0.1)
+    settings = settings.model_copy(update={"max_minutes": 4.0})
+    assert learning_rate(settings, 20, minutes=2.0) == pytest.approx(0.55) and learning_rate(
+        settings, 60, minutes=1.0
+    ) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("kind", ["global", "per_channel"])
+def test_normaliser(kind):
+    torch.manual_seed(0)
+    latents = (
+        torch.randn(500, 3, 4, 4) * torch.tensor([0.5, 2.0, 7.0])[:, None, None]
+        + torch.tensor([0.0, 3.0, -1.0])[:, None, None]
+    )
+    normaliser = Normaliser.measure(latents, kind)
+    z = normaliser.normalise(latents)
+    torch.testing.assert_close(normaliser.denormalise(z), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z.std(dim=(0, 2, 3), correction=0), normaliser.std, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z.mean(dim=(0, 2, 3)), normaliser.mean, rtol=1e-3, atol=1e-4)
+    assert normaliser.overall_std() == pytest.approx(float(z.std()), rel=1e-3) == pytest.approx(1.0, rel=1e-3)
+    if kind == "global":
+        assert (normaliser.shift == 0).all() and normaliser.scale.unique().numel() == 1
+    assert normaliser.kurtosis.abs().max() < 0.3
+    low, high = normaliser.range()
+    inside = ((z >= low) & (z <= high)).float().mean()
+    assert 0.999 < inside <= 1 and (normaliser.high < z.amax(dim=(0, 2, 3))).all()
+
+
+def test_normaliser_refuses_a_dead_channel():
+    with pytest.raises(ValueError, match="no variance"):
+        Normaliser.measure(torch.zeros(4, 2, 2, 2), "per_channel")
+
+
+# Perceptual distances: the real loading code on backbones with random weights, saved to a file
+
+
+@pytest.fixture(scope="module")
+def backbone_file(tmp_path_factory):
+    """A state dict in torchvision's layout, made once per net."""
+    made = {}
+
+    def make(net):
+        if net not in made:
+            torch.manual_seed(0)
+            model = {"squeeze": zoo.squeezenet1_1, "alex": zoo.alexnet, "vgg": zoo.vgg16, "vgg19": zoo.vgg19}[net](
+                weights=None
+            )
+            made[net] = tmp_path_factory.mktemp("weights") / f"{net}.pth"
+            torch.save({k: v for k, v in model.state_dict().items() if k.startswith("features.")}, made[net])
+        return made[net]
+
+    return make
+
+
+@pytest.mark.parametrize("net", ["squeeze", "vgg19"])
+def test_perceptual_distance_has_a_gradient(net, backbone_file):
+    distance = make_perceptual(net, perceptual_weights(net, str(backbone_file(net))))
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 3, 64, 64) * 2 - 1, (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
+    d = distance(x, y)
+    d.sum().backward()
+    assert d.shape == (2,) and (d > 0).all()
+    assert (y.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
+    assert all(not p.requires_grad for p in distance.parameters())
+    assert torch.equal(distance(x, x), torch.zeros(2))
+
+
+def test_other_weights_are_not_called_lpips(backbone_file):
+    assert "not LPIPS" in make_perceptual("squeeze", backbone_file("squeeze")).title
+
+
+@pytest.mark.parametrize("net", ["squeeze", "alex", "vgg"])
+def test_lpips_is_the_packages(net, backbone_file):
+    """With the package's linear heads (what torchvision's own weights get), the distance is the package's own."""
+    import lpips
+
+    state = torch.load(backbone_file(net), weights_only=True)
+    ours = LPIPS(net, state, official=True).eval()
+    reference = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
+    wanted = {
+        name.split(".", 1)[1]: name for name in reference.net.state_dict()
+    }  # "slice2.3.weight" is torchvision's features.3.weight
+    reference.net.load_state_dict(
+        {wanted[k.removeprefix("features.")]: v for k, v in state.items() if k.removeprefix("features.") in wanted}
+    )
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    assert ours.title == f"LPIPS ({net})"
+    torch.testing.assert_close(ours(x, y), reference(x, y).flatten(), rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(
+        ours(x, y), make_perceptual(net, backbone_file(net))(x, y)
+    )  # without heads it is another distance
+
+
+def test_no_nan_gradient_where_features_are_zero(backbone_file):
+    state = {
+        name: torch.full_like(value, -1.0) for name, value in torch.load(backbone_file("squeeze"), weights_only=True).items()
+    }
+    y = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    LPIPS("squeeze", state, official=True).eval()(torch.ones(1, 3, 64, 64), y).sum().backward()
+    assert torch.isfinite(y.grad).all()
+
+
+def test_vgg19_distance_by_hand(backbone_file):
+    """Against the formula written with torchvision's network and hooks."""
+    features = zoo.vgg19(weights=None).features.eval()
+    features.load_state_dict(
+        {k.removeprefix("features."): v for k, v in torch.load(backbone_file("vgg19"), weights_only=True).items()}
+    )
+    x, y = torch.rand(2, 1, 3, 16, 16) * 2 - 1
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    expected = 0.0
+    for end in (4, 9, 12):  # after relu1_2, relu2_2, relu3_1
+        a, b = (features[:end](((v + 1) / 2 - mean) / std) for v in (x, y))
+        expected += (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).square().sum(dim=1).mean()
+    torch.testing.assert_close(
+        make_perceptual("vgg19", backbone_file("vgg19"))(x, y).squeeze(), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_missing_weights_name_three_ways_out(monkeypatch, tmp_path):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(FileNotFoundError) as error:
+        perceptual_weights("vgg", None)
+    for way in ("vgg16-397923af.pth", "vae.perceptual.weights=FILE", "vae.perceptual.net=none"):
+        assert way in str(error.value)
+
+
+def test_weights_in_torchvisions_cache_are_found(monkeypatch, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    cached = tmp_path / "checkpoints" / "vgg16-397923af.pth"
+    cached.write_bytes(b"")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert perceptual_weights("vgg", None) == cached
+
+
+def test_wrong_weights_are_refused(tmp_path, backbone_file):
+    with pytest.raises(ValueError, match="does not hold the weights of vgg19"):
+        make_perceptual("vgg19", backbone_file("squeeze"))
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="does not hold"):
+        make_perceptual("squeeze", tmp_path / "junk.pth")

@@ -1,0 +1,419 @@
+"""The four scripts by their main(argv), end to end on tiny synthetic data, and what happens when things go wrong."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import Experiment
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import artifacts
+import run
+import training
+
+
+def fails(experiment, capsys, stage, *overrides, code=2) -> str:
+    """Run a stage that must fail: the exit code, one line, no traceback. Returns the line."""
+    capsys.readouterr()
+    assert experiment.run(stage, *overrides) == code
+    error = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in error if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in "".join(error), error
+    return lines[0]
+
+
+def copy_of(trained, tmp_path) -> Experiment:
+    shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
+    return Experiment(tmp_path)
+
+
+# The four stages
+
+
+def test_four_stages_leave_what_they_promise(trained, capsys):
+    assert trained.run("infer", "sampling.single_files=true") == 0
+    out = capsys.readouterr().out
+    assert (
+        "calibration: generated/training std" in out
+        and "of clean estimates clamped" in out
+        and "of pixels out of range" in out
+    )
+    run_dir = trained.run_dir
+    for name in (
+        "vae/vae.safetensors",
+        "vae/state.pt",
+        "vae/metrics.jsonl",
+        "vae/curves.png",
+        "vae/reconstructions.png",
+        "encodings.pt",
+        "cosine/unet.safetensors",
+        "cosine/state.pt",
+        "cosine/metrics.jsonl",
+        "cosine/curves.png",
+        "cosine/samples/step_0000006.png",
+    ):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert not list(run_dir.rglob("*.tmp"))
+    grid = Image.open(trained.folder / "results" / "tiny_cosine_ddim_2x3.png")
+    assert grid.size == (3 * 16 + 2 * 2, 2 * 16 + 2)
+    assert json.loads(grid.text["config"])["sampling"]["steps"] == 4 and "std_ratio" in json.loads(grid.text["calibration"])
+    singles = sorted((trained.folder / "results" / "tiny_cosine_ddim_2x3").iterdir())
+    assert len(singles) == 6
+    assert np.array_equal(np.asarray(Image.open(singles[4])), np.asarray(grid)[18:, 18:34])  # row 1, column 1
+
+
+def test_metrics_have_what_a_reader_needs(trained):
+    lines = [json.loads(line) for line in (trained.run_dir / "cosine" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
+    last = [line for line in lines if "held_out/loss" in line][-1]
+    bins = [last[f"held_out/loss_bin{b}"] for b in range(10)]
+    assert last["held_out/loss"] == pytest.approx(sum(bins) / 10) and last["images_seen"] == 48
+    vae = [json.loads(line) for line in (trained.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()]
+    assert {"held_out/psnr", "held_out/ssim", "held_out/nats_per_dim"} <= vae[-1].keys()
+
+
+def test_again_does_nothing_twice(trained, capsys, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in trained.run_dir.rglob("*.safetensors")} | {
+        "e": (trained.run_dir / "encodings.pt").stat().st_mtime_ns
+    }
+    monkeypatch.setattr(run.Run, "step_with", lambda *_, **__: pytest.fail("trained twice"))
+    trained.train_all()
+    out = capsys.readouterr().out
+    assert out.count("already trained") == 2 and "up to date" in out
+    assert before == {p: p.stat().st_mtime_ns for p in trained.run_dir.rglob("*.safetensors")} | {
+        "e": (trained.run_dir / "encodings.pt").stat().st_mtime_ns
+    }
+
+
+def test_linear_lives_beside_cosine(trained, tmp_path, capsys):
+    experiment = copy_of(trained, tmp_path)
+    vae = (experiment.run_dir / "vae" / "vae.safetensors").read_bytes()
+    assert experiment.run("train_diffusion", "diffusion.schedule=linear") == 0
+    assert experiment.run("infer", "diffusion.schedule=linear") == 0 and experiment.run("infer") == 0
+    assert {p.name for p in (tmp_path / "results").glob("*.png")} >= {"tiny_linear_ddim_2x3.png", "tiny_cosine_ddim_2x3.png"}
+    assert (experiment.run_dir / "vae" / "vae.safetensors").read_bytes() == vae
+
+
+def test_dry_run_plans_and_writes_nothing(experiment, capsys):
+    assert experiment.run("train_vae", "--dry-run") == 0
+    out = capsys.readouterr().out
+    for part in ("parameters", "48 for training", "6 of 8 images", "vae.safetensors"):
+        assert part in out, part
+    assert not (experiment.folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("diffusion.prediction=v", "diffusion.weighting=min_snr"),
+        ("diffusion.prediction=x0", "diffusion.schedule=scaled_linear"),
+        ("encodings.normalise=per_channel", "encodings.dtype=bfloat16", "data.flip=false", "diffusion.dropout=0.2"),
+        (
+            "vae.output=tanh",
+            "vae.reconstruction=l1",
+            "vae.attention=true",
+            "vae.patch=2",
+            "vae.widths=[8]",
+            "vae.kl_warmup=4",
+            "vae.lr_decay=cosine",
+        ),
+        ("precision=bfloat16", "sampling.precision=bfloat16", "logging.tensorboard=true"),
+    ],
+    ids=lambda c: c[0],
+)
+def test_other_settings_run(experiment, changes):
+    experiment.train_all(*changes)
+    assert (
+        experiment.run("infer", "sampling.sampler=ancestral", "sampling.variance=beta", "sampling.x0_clamp=1.0", *changes)
+        == 0
+    )
+
+
+def test_perceptual_loss_trains_and_is_measured(experiment, tmp_path):
+    import torchvision.models as zoo
+
+    torch.save(zoo.vgg19(weights=None).state_dict(), tmp_path / "vgg19.pth")
+    assert experiment.run("train_vae", "vae.perceptual.net=vgg19", f"vae.perceptual.weights={tmp_path}/vgg19.pth") == 0
+    last = json.loads((experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["held_out/perceptual"] > 0
+
+
+# Resuming
+
+
+def test_resuming_is_bitwise_the_same(experiment, tmp_path_factory):
+    """8 steps = 5 steps + resume + 3 steps, for both stages, with dropout and flips; the epoch ends after step 6."""
+    longer = ("vae.steps=8", "diffusion.steps=8", "diffusion.dropout=0.3")
+    experiment.train_all(*longer)
+    other = Experiment(tmp_path_factory.mktemp("resumed"))
+    for stage, folder, file in (("train_vae", "vae", "vae.safetensors"), ("train_diffusion", "cosine", "unet.safetensors")):
+        section = "vae" if folder == "vae" else "diffusion"
+        assert other.run(stage, *longer, f"{section}.steps=5") == 0
+        assert other.run(stage, *longer) == 0
+        if folder == "vae":
+            assert other.run("create_encodings", *longer) == 0
+        one, two = load_file(experiment.run_dir / folder / file), load_file(other.run_dir / folder / file)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        states = [torch.load(e.run_dir / folder / "state.pt", weights_only=True) for e in (experiment, other)]
+        assert all(torch.equal(states[0]["net"][name], states[1]["net"][name]) for name in states[0]["net"])
+        assert torch.equal(*(state["optimizer"]["state"][0]["exp_avg_sq"] for state in states))
+
+
+def test_weights_cut_off_before_their_state_are_made_again(trained, tmp_path, capsys):
+    """A finished run whose weights file is missing writes it again without training."""
+    experiment = copy_of(trained, tmp_path)
+    weights = experiment.run_dir / "cosine" / "unet.safetensors"
+    before = load_file(weights)
+    weights.unlink()
+    assert experiment.run("train_diffusion") == 0 and "already trained" in capsys.readouterr().out
+    after = load_file(weights)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(experiment, capsys, monkeypatch):
+    original = run.Run.step_with
+
+    def interrupted(self, *args, **kwargs):
+        if self.step == 2:  # during the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(run.Run, "step_with", interrupted)
+    assert experiment.run("train_vae") == 128 + signal.SIGTERM
+    assert "stopped at step 3 of 6" in capsys.readouterr().err
+    assert torch.load(experiment.run_dir / "vae" / "state.pt", weights_only=True)["step"] == 3
+    assert experiment.run("create_encodings") == 0
+    assert "stopped at step 3 of 6" in capsys.readouterr().out  # a note: this VAE is not finished
+    monkeypatch.undo()
+    assert experiment.run("train_vae") == 0
+    assert "after 6 steps" in capsys.readouterr().out
+
+
+def test_a_time_budget_ends_a_stage_cleanly(experiment, capsys):
+    budget = "vae.max_minutes=0.00001"
+    assert experiment.run("train_vae", budget) == 0
+    assert "after 1 steps" in capsys.readouterr().out
+    assert experiment.run("train_vae", budget) == 0
+    assert "already trained" in capsys.readouterr().out
+    assert experiment.run("train_vae") == 0  # without the budget it goes on
+    assert "after 6 steps" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(experiment, trained, tmp_path, capsys, monkeypatch):
+    experiment = copy_of(trained, tmp_path)
+    state = (experiment.run_dir / "cosine" / "state.pt").read_bytes()
+    import train_diffusion
+
+    original = train_diffusion.diffusion_loss
+
+    def poisoned(unet, z, eps, t, *rest):
+        loss = original(unet, z, eps, t, *rest)
+        return torch.where(t == t[2], torch.nan, loss) if unet.training else loss
+
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", poisoned)
+    line = fails(experiment, capsys, "train_diffusion", "diffusion.steps=12", code=1)
+    torch.manual_seed(6)  # what step 6 drew: see Run.seed_step
+    torch.randint(0, 2, (8,))
+    expected_t = int(torch.randint(0, 1000, (8,))[2])
+    assert "step 6" in line and f"timestep {expected_t}" in line and "learning rate 0.0002" in line and "kept" in line
+    assert (experiment.run_dir / "cosine" / "state.pt").read_bytes() == state
+
+
+def test_a_disk_that_fills_up_loses_nothing(experiment, capsys, monkeypatch):
+    assert experiment.run("train_vae", "vae.steps=2") == 0
+    state = (experiment.run_dir / "vae" / "state.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    steps, original = [], run.Run.step_with
+    monkeypatch.setattr(run.Run, "step_with", lambda self, *a, **k: (original(self, *a, **k), steps.append(self.step)))
+    line = fails(experiment, capsys, "train_vae", "vae.save_minutes=1e-9")
+    assert steps == [3, 4, 5, 6]  # it went on as long as there was work, and failed at the last save
+    assert "no space left" in line and "run the same command again" in line
+    assert (experiment.run_dir / "vae" / "state.pt").read_bytes() == state and not list(experiment.run_dir.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert experiment.run("train_vae") == 0
+
+
+def test_a_disk_too_small_is_found_before_the_work(experiment, capsys, monkeypatch):
+    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    assert "MB are free" in fails(experiment, capsys, "train_vae", "--dry-run")
+
+
+def test_lines_logged_after_the_last_save_are_dropped(experiment):
+    assert experiment.run("train_vae", "vae.steps=2") == 0
+    metrics = experiment.run_dir / "vae" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 5, "train/loss": 1}\n{"step": 6, "tra')
+    assert experiment.run("train_vae") == 0
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == sorted(steps) and steps.count(5) == 0
+
+
+# Sampling
+
+
+def test_the_same_picture_in_any_batch_size(trained, tmp_path):
+    experiment = copy_of(trained, tmp_path)
+    unet = experiment.run_dir / "cosine" / "unet.safetensors"
+    tensors = load_file(unet)
+    torch.manual_seed(0)
+    for name, value in tensors.items():  # a U-Net of six steps is nearly zero at its ends: make every layer matter
+        if not name.startswith("normaliser."):
+            value += 0.05 * torch.randn_like(value)
+    artifacts.save_weights(unet, tensors, artifacts.load_weights(unet, "unet", "")[1])
+
+    def pictures(batch_size, sampler):
+        results = tmp_path / f"results{batch_size}"
+        options = f"sampling.batch_size={batch_size}", f"results_dir={results}", f"sampling.sampler={sampler}"
+        assert experiment.run("infer", *options) == 0
+        return np.asarray(Image.open(results / f"tiny_cosine_{sampler}_2x3.png")).astype(int)
+
+    for sampler in ("ddim", "ancestral"):
+        whole = pictures(6, sampler)
+        assert np.abs(whole - pictures(4, sampler)).max() <= 1 and np.abs(whole - pictures(1, sampler)).max() <= 1
+
+
+def test_calibration_by_hand():
+    from config import load_config
+    from infer import Moments, advice, calibration
+    from models.latents import Normaliser
+
+    torch.manual_seed(0)
+    train = Normaliser.measure(torch.randn(400, 2, 4, 4), "global")
+    moments, z = Moments(2), torch.randn(40, 2, 4, 4) * torch.tensor([1.0, 0.5])[:, None, None]
+    for part in z.split(7):
+        moments.add(part)
+    assert moments.overall_std() == pytest.approx(float(z.std(correction=0)), rel=1e-6)
+    figures = calibration(moments, train, None, 0.0)
+    assert figures["worst_channel"] == 1 and figures["worst_channel_ratio"] == pytest.approx(0.5, abs=0.03)
+    assert figures["std_ratio"] == pytest.approx((0.625) ** 0.5, abs=0.03)
+    s = load_config(None).sampling
+    assert "narrower" in advice(figures, s)[0]
+    assert "clamped too hard" in advice({**figures, "clamped": 0.1}, s)[0]
+    assert advice(dict(std_ratio=1.02, worst_channel_ratio=0.95, clamped=0.0), s) == []
+    assert "wider" in advice(dict(std_ratio=1.3, worst_channel_ratio=1.3, clamped=0.0), s)[0]
+
+
+# Artefacts that do not belong together, and files that are not what they should be
+
+
+def test_stages_out_of_order(experiment, capsys):
+    assert "run train_vae.py first" in fails(experiment, capsys, "create_encodings")
+    assert "run create_encodings.py first" in fails(experiment, capsys, "train_diffusion")
+    assert "run train_vae.py first" in fails(experiment, capsys, "infer")
+
+
+def test_encodings_of_another_vae(trained, tmp_path, capsys):
+    experiment = copy_of(trained, tmp_path)
+    assert experiment.run("train_vae", "vae.steps=8") == 0  # trained on: another VAE now
+    assert "made by another VAE" in fails(experiment, capsys, "train_diffusion")
+    assert "encodings of another VAE" in fails(experiment, capsys, "infer")
+    assert experiment.run("create_encodings") == 0
+    line = fails(experiment, capsys, "train_diffusion", "diffusion.steps=8")  # a U-Net of other encodings
+    assert "other settings (encodings_fingerprint was" in line
+
+
+def test_encodings_of_other_settings(trained, tmp_path, capsys):
+    experiment = copy_of(trained, tmp_path)
+    assert "data.flip was True, now False" in fails(experiment, capsys, "train_diffusion", "data.flip=false")
+    assert experiment.run("create_encodings", "encodings.normalise=per_channel") == 0
+    assert "trained on other encodings" in fails(experiment, capsys, "infer")
+
+
+def test_vae_of_other_images(trained, tmp_path, capsys):
+    assert "trained on other images" in fails(copy_of(trained, tmp_path), capsys, "create_encodings", "data.count=40")
+
+
+def test_resuming_with_other_settings(trained, tmp_path, capsys):
+    line = fails(copy_of(trained, tmp_path), capsys, "train_vae", "vae.lr=1e-3", "vae.steps=9")
+    assert "vae.lr was 0.0002, now 0.001" in line and "steps" not in line
+
+
+class Hostile:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize(
+    "stage, file",
+    [
+        ("create_encodings", "vae/vae.safetensors"),
+        ("train_diffusion", "encodings.pt"),
+        ("infer", "cosine/unet.safetensors"),
+        ("train_vae", "vae/state.pt"),
+        ("train_diffusion", "cosine/state.pt"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["truncated", "hostile", "empty"])
+def test_damaged_and_hostile_files(trained, tmp_path, capsys, stage, file, damage):
+    experiment = copy_of(trained, tmp_path)
+    path, canary = experiment.run_dir / file, tmp_path / "canary"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif file.endswith(".pt"):
+        torch.save({"kind": "state", "x": Hostile(canary)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Hostile(canary)))
+    line = fails(experiment, capsys, stage)
+    assert str(path) in line and "remov" in line
+    assert not canary.exists()
+
+
+def test_foreign_weights(trained, tmp_path, capsys):
+    experiment = copy_of(trained, tmp_path)
+    path = experiment.run_dir / "vae" / "vae.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    assert "is not a vae weights file" in fails(experiment, capsys, "create_encodings")
+    shutil.copy(experiment.run_dir / "cosine" / "unet.safetensors", path)
+    assert "is not a vae weights file" in fails(experiment, capsys, "infer")
+
+
+# Devices and data
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(experiment, capsys):
+    assert "torch finds 0 CUDA devices" in fails(experiment, capsys, "train_vae", "device=cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_four_stages_on_cuda(experiment):
+    experiment.train_all("device=cuda", "precision=auto")
+    assert experiment.run("infer", "device=cuda") == 0
+
+
+def test_missing_perceptual_weights_before_any_work(experiment, capsys):
+    line = fails(
+        experiment, capsys, "train_vae", "vae.perceptual.net=vgg19", "vae.perceptual.weights=nowhere.pth", "--dry-run"
+    )
+    assert "nowhere.pth is not a file" in line
+
+
+def test_bad_data_is_one_line(experiment, capsys):
+    assert "does not exist" in fails(experiment, capsys, "train_vae", "data.source=folder", "data.path=nowhere")
+
+
+def test_config_mistakes_are_one_line(experiment, capsys):
+    line = fails(experiment, capsys, "infer", "sampling.stesp=3", "vae.lr=fast")
+    assert "did you mean sampling.steps?" in line and "vae.lr" in line
+
+
+def test_a_model_too_large_for_the_memory_is_found_before_the_work(experiment, capsys, monkeypatch):
+    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    assert "of memory are needed on cpu" in fails(experiment, capsys, "train_vae", "--dry-run")

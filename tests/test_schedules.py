@@ -1,0 +1,90 @@
+"""Schedules against values computed by hand, identities, and the independent implementation in diffusers."""
+
+import math
+
+import pytest
+import torch
+
+from models.schedules import SCHEDULES, make_schedule, min_snr_weight, target, to_z0
+
+
+def test_linear_by_hand():
+    schedule = make_schedule("linear", 1000)
+    assert float(schedule.alphas_cumprod[0]) == pytest.approx(1 - 1e-4, abs=1e-12)
+    second_beta = 1e-4 + (0.02 - 1e-4) / 999
+    assert float(schedule.alphas_cumprod[1]) == pytest.approx((1 - 1e-4) * (1 - second_beta), abs=1e-12)
+    # log alpha bar_T = sum log(1 - beta_t): the well-known 4.04e-5 of DDPM
+    assert float(schedule.alphas_cumprod[-1]) == pytest.approx(4.036e-5, rel=1e-3)
+
+
+def test_cosine_by_hand():
+    schedule = make_schedule("cosine", 1000)
+    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    for t in (0, 1, 499, 900, 989):  # entry t holds alpha bar after t+1 steps
+        assert float(schedule.alphas_cumprod[t]) == pytest.approx(f(t + 1) / f(0), rel=1e-9)
+    assert float(schedule.betas[-1]) == 0.999
+
+
+def test_scaled_linear_by_hand():
+    schedule = make_schedule("scaled_linear", 1000)
+    assert float(schedule.betas[0]) == pytest.approx(0.00085) and float(schedule.betas[-1]) == pytest.approx(0.012)
+    assert float(schedule.betas[500]) == pytest.approx(
+        (math.sqrt(0.00085) + 500 / 999 * (math.sqrt(0.012) - math.sqrt(0.00085))) ** 2
+    )
+
+
+@pytest.mark.parametrize(
+    "name, theirs", [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")]
+)
+def test_agrees_with_diffusers(name, theirs):
+    diffusers = pytest.importorskip("diffusers")
+    betas = dict(beta_start=0.00085, beta_end=0.012) if name == "scaled_linear" else {}
+    reference = diffusers.DDPMScheduler(1000, beta_schedule=theirs, **betas).alphas_cumprod
+    # theirs is a float32 table: cumulative products drift by about 1e-5 of the value
+    torch.testing.assert_close(make_schedule(name).alphas_cumprod.float(), reference, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [10, 1000])
+def test_identities(name, timesteps):
+    schedule = make_schedule(name, timesteps)
+    t = torch.arange(timesteps)
+    assert schedule.alphas_cumprod.dtype == torch.float64 and len(schedule.alphas_cumprod) == timesteps
+    assert (schedule.alphas_cumprod.diff() < 0).all() and (schedule.alphas_cumprod > 0).all()
+    torch.testing.assert_close(
+        schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, torch.ones(timesteps, dtype=torch.float64), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(schedule.alpha(t) ** 2, schedule.alphas_cumprod, rtol=1e-12, atol=0)
+    torch.testing.assert_close(schedule.snr(t), schedule.alphas_cumprod / (1 - schedule.alphas_cumprod), rtol=1e-9, atol=0)
+    assert float(schedule.alpha(-1)) == 1.0 and float(schedule.sigma(-1)) == 0.0
+    alphas, sigmas = schedule.tables("cpu")
+    assert len(alphas) == len(sigmas) == timesteps and alphas.dtype == torch.float32
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="linear, cosine, scaled_linear"):
+        make_schedule("quadratic")
+    with pytest.raises(ValueError, match="at least 2"):
+        make_schedule("linear", 1)
+    with pytest.raises(IndexError, match="1000"):
+        make_schedule("linear").alpha(1000)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_prediction_and_back(kind):
+    torch.manual_seed(0)
+    z, eps = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
+    alpha, sigma = torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
+    z_t = alpha * z + sigma * eps
+    torch.testing.assert_close(to_z0(kind, target(kind, z, eps, alpha, sigma), z_t, alpha, sigma), z)
+
+
+def test_min_snr_weights_are_one_loss():
+    """The three forms weigh the same error: |z0 error|² = sigma²/alpha² |eps error|² = sigma² |v error|²."""
+    schedule = make_schedule("cosine")
+    t = torch.tensor([5, 300, 600, 900])
+    snr, alpha, sigma = schedule.snr(t), schedule.alpha(t), schedule.sigma(t)
+    on_x0 = min_snr_weight("x0", snr, 5.0)
+    torch.testing.assert_close(on_x0 * sigma**2 / alpha**2, min_snr_weight("eps", snr, 5.0))
+    torch.testing.assert_close(on_x0 * sigma**2, min_snr_weight("v", snr, 5.0))
+    assert float(on_x0.max()) == 5.0
