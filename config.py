@@ -112,9 +112,14 @@ class Encodings(Section):
 
 class Diffusion(Training):
     name: Optional[Name] = key(None, "folder of this model under runs/<name>/; default: the schedule's name")
-    schedule: Literal["linear", "cosine", "scaled_linear"] = key("cosine", "noise schedule")
+    schedule: Literal["linear", "cosine", "scaled_linear", "flow"] = key(
+        "cosine", "noise schedule; flow: rectified flow, with prediction velocity"
+    )
     timesteps: Annotated[int, Field(ge=2)] = key(1000, "T")
-    prediction: Literal["eps", "v", "x0"] = key("eps", "what the network predicts")
+    prediction: Literal["eps", "v", "x0", "velocity"] = key("eps", "what the network predicts")
+    timestep_sampling: Literal["uniform", "logit_normal"] = key(
+        "uniform", "which timesteps are trained on; logit_normal: more of the middle ones (Esser et al. 2024, §3.1)"
+    )
     weighting: Literal["none", "min_snr"] = key("none", "loss weights over timesteps; min_snr: Hang et al. 2023")
     min_snr_gamma: PositiveFloat = key(5.0, "gamma of min_snr")
     widths: Annotated[list[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)] = key(
@@ -124,13 +129,18 @@ class Diffusion(Training):
     attention: list[PositiveInt] = key([8], "latent widths at which there is self-attention")
     head_channels: PositiveInt = key(64, "channels per attention head")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.1, "dropout inside residual blocks")
-    sample_images: PositiveInt = key(36, "images of the sample picture while training (DDIM-25, fixed noise)")
+    sample_images: PositiveInt = key(36, "images of the sample picture while training (dpmpp_2m, 20 steps, fixed noise)")
 
 
 class Sampling(Section):
-    sampler: Literal["ancestral", "ddim"] = key("ddim", "ancestral: Ho et al. 2020; ddim: Song et al. 2021")
-    steps: PositiveInt = key(50, "network evaluations, at most diffusion.timesteps")
+    sampler: Literal["ancestral", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = key(
+        "dpmpp_2m",
+        "ancestral: Ho et al. 2020; ddim: Song et al. 2021; euler, heun: Karras et al. 2022; dpmpp_2m and its SDE form: "
+        "Lu et al. 2022; unipc: Zhao et al. 2023",
+    )
+    steps: PositiveInt = key(25, "steps of the solver, at most diffusion.timesteps; one network evaluation each, heun two")
     eta: Share = key(0.0, "ddim: 0 deterministic … 1 ancestral")
+    order: Annotated[int, Field(ge=1, le=3)] = key(2, "unipc: order of the solver")
     variance: Literal["posterior", "beta"] = key("posterior", "ancestral: variance of a step")
     spacing: Literal["trailing", "leading", "linspace"] = key("trailing", "which timesteps are visited")
     sigma_max: Optional[PositiveFloat] = key(

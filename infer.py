@@ -20,31 +20,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts import build, fingerprint, load_weights, require_space
-from config import Config, Sampling, UserError
+from calibration import Moments, advice, calibration
+from config import Config, UserError
 from data import Encodings, to_uint8
 from models.latents import Normaliser
 from models.schedules import make_schedule
 from models.unet import UNet
 from models.vae import VAE
 from pictures import grid, save_png
-from sampling import (
-    Threshold,
-    image_generators,
-    make_denoiser,
-    randn,
-    sample,
-    timesteps,
-)
+from sampling import Threshold, image_generators, make_denoiser, randn, sample, timesteps
 from training import autocast, parameters_of, pick_device, pick_precision
 
 
 def infer(config: Config, dry_run: bool) -> None:
     s, device = config.sampling, pick_device(config.device)
     dtype = pick_precision(s.precision, device)
-    vae_path, unet_path = (
-        config.run_dir / "vae" / "vae.safetensors",
-        config.run_dir / config.diffusion_name / "unet.safetensors",
-    )
+    vae_path = config.run_dir / "vae" / "vae.safetensors"
+    unet_path = config.run_dir / config.diffusion_name / "unet.safetensors"
     vae_tensors, vae_header = load_weights(vae_path, "vae", "train_vae.py")
     unet_tensors, header = load_weights(unet_path, "unet", "train_diffusion.py")
     if header["vae_fingerprint"] != fingerprint(vae_tensors):
@@ -88,7 +80,9 @@ def infer(config: Config, dry_run: bool) -> None:
         threshold = None
     else:
         threshold = Threshold(*(normaliser.range() if s.x0_clamp == "range" else (-s.x0_clamp, s.x0_clamp)))
-    options = s.model_dump(include={"eta", "variance", "spacing", "sigma_max", "clean_steps"}) | {"x0_range": threshold}
+    options = s.model_dump(include={"eta", "order", "variance", "spacing", "sigma_max", "clean_steps"}) | {
+        "x0_range": threshold
+    }
     denoise = make_denoiser(unet, schedule, header["prediction"], device, dtype)
     shape = (header["settings"]["channels"], header["settings"]["size"], header["settings"]["size"])
     moments, out_of_range, shown = Moments(shape[0]), 0, []
@@ -120,9 +114,7 @@ def infer(config: Config, dry_run: bool) -> None:
         "Software": "nanoLDM",
         "command": cli.command,
         "commit": commit(),
-        "hardware": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": hardware(device),
         "config": config.model_dump(),
         "model": {k: v for k, v in header.items() if k != "settings"},
         "calibration": figures,
@@ -147,26 +139,10 @@ def check_encodings(config: Config, unet_path: Path, header: dict) -> None:
                         f"or create_encodings.py with the settings of then")  # fmt: skip
 
 
-class Moments:
-    """Mean and std per channel of latents that come in batches, in float64."""
-
-    def __init__(self, channels: int):
-        self.n = 0
-        self.sum, self.squares = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-
-    def add(self, z: Tensor) -> None:
-        z = z.cpu().double()
-        self.n += z.numel() // z.shape[1]
-        self.sum += z.sum(dim=(0, 2, 3))
-        self.squares += z.square().sum(dim=(0, 2, 3))
-
-    def std(self) -> Tensor:
-        """(C,)"""
-        return (self.squares / self.n - (self.sum / self.n) ** 2).clamp(min=0).sqrt()
-
-    def overall_std(self) -> float:
-        """Std of all values, the channels taken together."""
-        return float((self.squares.mean() / self.n - (self.sum.mean() / self.n) ** 2).clamp(min=0).sqrt())
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
@@ -176,40 +152,6 @@ def commit() -> str:
         return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
-
-
-def calibration(moments: Moments, normaliser: Normaliser, threshold: Threshold | None, out_of_range: float) -> dict:
-    """Generated against training spread; 1 is perfect. The worst channel is the one farthest from 1 by ratio."""
-    ratios = moments.std() / normaliser.std.cpu().double().clamp(min=1e-12)
-    worst = int(ratios.clamp(min=1e-12).log().abs().argmax())
-    return dict(
-        std_ratio=moments.overall_std() / normaliser.overall_std(),
-        worst_channel_ratio=float(ratios[worst]),
-        worst_channel=worst,
-        clamped=threshold.share if threshold else 0.0,
-        out_of_range=out_of_range,
-    )
-
-
-def advice(figures: dict, s: Sampling) -> list[str]:
-    """A warning that names the likely cause where the spread is off by more than a tenth."""
-    ratio, worst = figures["std_ratio"], figures["worst_channel_ratio"]
-    if 0.9 <= ratio <= 1.1 and 0.9 <= worst <= 1.1:
-        return []
-    off = worst if 0.9 <= ratio <= 1.1 else ratio
-    if off < 0.9 and figures["clamped"] > 0.02:
-        cause = f"the clean estimate is clamped too hard (sampling.x0_clamp={s.x0_clamp}): use range"
-    elif off < 0.9 and s.steps < 20:
-        cause = f"{s.steps} steps are few: use sampling.steps=50"
-    elif off > 1.1 and ((s.sigma_max or 0) > 80 and s.x0_clamp == "none"):
-        cause = "errors at the noisy end of the schedule are amplified: use sampling.sigma_max=80 and x0_clamp=range"
-    elif off > 1.1 and s.x0_clamp == "none":
-        cause = "nothing bounds the clean estimate: use sampling.x0_clamp=range"
-    else:
-        cause = "the U-Net is not trained enough; look at the held-out loss by timestep bin"
-    return [
-        f"warning: generated latents are {'narrower' if off < 1 else 'wider'} than training latents ({off:.2f}); likely cause: {cause}"
-    ]
 
 
 def main(argv: list[str] | None = None) -> int:

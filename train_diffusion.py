@@ -21,15 +21,7 @@ from models.vae import VAE
 from pictures import grid
 from run import Run, experiment_of
 from sampling import image_generators, make_denoiser, randn, sample
-from training import (
-    STATE_BYTES,
-    TRAINING_BYTES,
-    autocast,
-    parameters_of,
-    pick_device,
-    pick_precision,
-    require_memory,
-)
+from training import STATE_BYTES, TRAINING_BYTES, autocast, parameters_of, pick_device, pick_precision, require_memory
 
 EVAL_LATENTS = 256  # held-out latents measured while training, each once per bin
 BINS = 10  # of timesteps
@@ -115,18 +107,21 @@ def train(config: Config, dry_run: bool) -> None:
             if encodings.mean_flipped is not None:
                 rows = rows + n * torch.randint(0, 2, rows.shape, device=device)
             z = normaliser.normalise(latents[rows])  # (B, C, h, w), unit variance
-            t = torch.randint(0, s.timesteps, (len(z),), device=device)
+            t = draw_timesteps(s, len(z), device)
             eps = torch.randn_like(z)
             with autocast(device, dtype):
                 loss = diffusion_loss(unet, z, eps, t, alphas, sigmas, s.prediction)  # (B,)
-            weight = (
-                min_snr_weight(s.prediction, (alphas[t] / sigmas[t]) ** 2, s.min_snr_gamma)
-                if s.weighting == "min_snr"
-                else 1.0
-            )
+            weight = min_snr_weight(s.prediction, alphas[t], sigmas[t], s.min_snr_gamma) if s.weighting == "min_snr" else 1.0
             run.step_with((weight * loss).mean(), loss, t, unweighted_loss=loss.mean())
     run.stop_if_told()
     print(f"done: {folder}/unet.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
+
+
+def draw_timesteps(s: Diffusion, n: int, device: torch.device) -> Tensor:
+    """Timesteps to train on, (n,) int64 in 0 … T-1."""
+    if s.timestep_sampling == "logit_normal":
+        return (torch.randn(n, device=device).sigmoid() * s.timesteps).long().clamp(max=s.timesteps - 1)
+    return torch.randint(0, s.timesteps, (n,), device=device)
 
 
 def diffusion_loss(unet: UNet, z: Tensor, eps: Tensor, t: Tensor, alphas: Tensor, sigmas: Tensor, prediction: str) -> Tensor:
@@ -157,24 +152,14 @@ def held_out_losses(unet: UNet, z: Tensor, schedule: Schedule, s: Diffusion, dty
 
 @torch.no_grad()
 def sample_picture(unet: UNet, vae: VAE, normaliser, schedule: Schedule, s: Diffusion, dtype: torch.dtype):
-    """A grid of samples from the same noise every time: DDIM, 25 steps, clamped to the measured range."""
-    device, settings = normaliser.scale.device, unet.settings
-    images = []
+    """A grid of samples from the same noise every time: DPM-Solver++(2M), 20 steps, clamped to the measured range."""
+    device = normaliser.scale.device
+    shape = (unet.settings["channels"], unet.settings["size"], unet.settings["size"])
+    denoise, images = make_denoiser(unet, schedule, s.prediction, device, dtype), []
     for start in range(0, s.sample_images, s.batch_size):
         indices = range(start, min(start + s.batch_size, s.sample_images))
-        noise = randn(
-            (len(indices), settings["channels"], settings["size"], settings["size"]),
-            image_generators(0, indices, "cpu"),
-            device,
-        )
-        z = sample(
-            make_denoiser(unet, schedule, s.prediction, device, dtype),
-            noise,
-            schedule,
-            "ddim",
-            min(25, s.timesteps),
-            x0_range=normaliser.range(),
-        )
+        noise = randn((len(indices), *shape), image_generators(0, indices, "cpu"), device)
+        z = sample(denoise, noise, schedule, "dpmpp_2m", min(20, s.timesteps), x0_range=normaliser.range())
         with autocast(device, dtype):
             images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))
     return grid(torch.cat(images).numpy(), cols=max(1, round(s.sample_images**0.5)))

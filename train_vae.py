@@ -23,15 +23,7 @@ from models.vae import VAE, reconstruction_error
 from pictures import pairs
 from run import Run, experiment_of
 from sources import HELD_OUT, TRAIN
-from training import (
-    STATE_BYTES,
-    TRAINING_BYTES,
-    autocast,
-    parameters_of,
-    pick_device,
-    pick_precision,
-    require_memory,
-)
+from training import STATE_BYTES, TRAINING_BYTES, autocast, parameters_of, pick_device, pick_precision, require_memory
 
 EVAL_IMAGES = 512  # held-out images measured while training
 SHEET_IMAGES = 32

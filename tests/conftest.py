@@ -19,7 +19,7 @@ vae: {widths: [8, 16], latent_channels: 4, attention: false, perceptual: {net: n
       eval_every: 3, warmup: 2, ema: 0.9}
 diffusion: {widths: [16, 32], blocks: 1, attention: [4], steps: 6, batch_size: 8, log_every: 2, eval_every: 3, warmup: 2,
             ema: 0.9, sample_images: 4}
-sampling: {rows: 2, cols: 3, steps: 4}
+sampling: {sampler: ddim, rows: 2, cols: 3, steps: 4}
 logging: {tensorboard: false}
 """
 

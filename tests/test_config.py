@@ -103,13 +103,14 @@ def test_bad_values(override, message):
 def test_samplers_and_schedules_of_the_schema_exist():
     from typing import get_args
 
-    from models.schedules import SCHEDULES
+    from models.schedules import PREDICTIONS, SCHEDULES
     from sampling import SAMPLERS
     from sources import SOURCES
 
     fields = dict(walk(Config))
     assert set(get_args(fields["sampling.sampler"].annotation)) == set(SAMPLERS)
     assert set(get_args(fields["diffusion.schedule"].annotation)) == set(SCHEDULES)
+    assert set(get_args(fields["diffusion.prediction"].annotation)) == set(PREDICTIONS)
     assert set(get_args(fields["data.source"].annotation)) == set(SOURCES)
 
 

@@ -1,11 +1,14 @@
 """The four scripts by their main(argv), end to end on tiny synthetic data, and what happens when things go wrong."""
 
 import errno
+import importlib.machinery
 import json
 import os
 import pickle
 import shutil
 import signal
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -113,6 +116,12 @@ def test_dry_run_plans_and_writes_nothing(experiment, capsys):
     "changes",
     [
         ("diffusion.prediction=v", "diffusion.weighting=min_snr"),
+        (
+            "diffusion.schedule=flow",
+            "diffusion.prediction=velocity",
+            "diffusion.timestep_sampling=logit_normal",
+            "diffusion.weighting=min_snr",
+        ),
         ("diffusion.prediction=x0", "diffusion.schedule=scaled_linear"),
         ("encodings.normalise=per_channel", "encodings.dtype=bfloat16", "data.flip=false", "diffusion.dropout=0.2"),
         (
@@ -143,6 +152,26 @@ def test_perceptual_loss_trains_and_is_measured(experiment, tmp_path):
     assert experiment.run("train_vae", "vae.perceptual.net=vgg19", f"vae.perceptual.weights={tmp_path}/vgg19.pth") == 0
     last = json.loads((experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["held_out/perceptual"] > 0
+
+
+def test_tensorboard_and_wandb_are_written_where_asked(experiment, monkeypatch):
+    """wandb is stood in for: what it is called with is what a user would see."""
+    fake, calls = types.ModuleType("wandb"), []
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **options: (calls.append(("init", options["id"])), fake)[1]
+    fake.log = lambda figures, step: calls.append(("log", step, sorted(figures)))
+    fake.Image, fake.finish = (lambda image: image), (lambda: calls.append(("finish",)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert experiment.run("train_vae", "logging.tensorboard=true", "logging.wandb=true") == 0
+    assert calls[0][0] == "init" and calls[0][1].endswith("runs-tiny-vae") and calls[-1] == ("finish",)
+    assert {step for kind, step, names in calls[1:-1] if "train/loss" in names} == {2, 4, 6}
+    assert {step for kind, step, names in calls[1:-1] if names == ["reconstructions"]} == {3, 6}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(experiment.run_dir / "vae" / "tb"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+    assert [event.step for event in events.Images("reconstructions")] == [3, 6]
 
 
 # Resuming
@@ -283,8 +312,8 @@ def test_the_same_picture_in_any_batch_size(trained, tmp_path):
 
 
 def test_calibration_by_hand():
+    from calibration import Moments, advice, calibration
     from config import load_config
-    from infer import Moments, advice, calibration
     from models.latents import Normaliser
 
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from sampling import (
     timesteps,
 )
 
-LINEAR, COSINE = make_schedule("linear"), make_schedule("cosine")
+LINEAR, COSINE, FLOW = make_schedule("linear"), make_schedule("cosine"), make_schedule("flow")
 
 
 def gaussian_denoiser(schedule, mean=0.0, std=1.0):
@@ -31,14 +31,15 @@ def noise(n=512, seed=0):
     return torch.randn(n, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, FLOW], ids=["linear", "cosine", "flow"])
 @pytest.mark.parametrize("std", [1.0, 0.5, 2.0])
 def test_ddim_follows_the_ode(schedule, std):
     """For Gaussian data the probability-flow ODE keeps (z_t - alpha_t m) / sqrt(alpha_t² s² + sigma_t²) constant (float64 closed form)."""
     mean, z_T = 0.7, noise(64)
     start = timesteps(schedule, 1000)[0]
     alpha, sigma = float(schedule.alpha(start)), float(schedule.sigma(start))
-    exact = mean + std * (z_T - alpha * mean) / (alpha**2 * std**2 + sigma**2) ** 0.5
+    z_T_there = z_T * (alpha**2 + sigma**2) ** 0.5  # what the sampler starts from: unit variance of z assumed
+    exact = mean + std * (z_T_there - alpha * mean) / (alpha**2 * std**2 + sigma**2) ** 0.5
     z = sample(gaussian_denoiser(schedule, mean, std), z_T, schedule, "ddim", 1000)
     assert float((z - exact).abs().max()) < 0.02 * std + 0.01
 
@@ -101,7 +102,8 @@ def test_posterior_variance_by_hand():
     """One step t=1 -> s=0 of the linear schedule: beta tilde = beta_1 (1 - abar_0) / (1 - abar_1) (Ho et al. 2020, eq. 7)."""
     from sampling import beta_std, posterior_std
 
-    abar, beta = LINEAR.alphas_cumprod, LINEAR.betas
+    abar = LINEAR.alphas_cumprod
+    beta = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
     assert posterior_std(LINEAR, 1, 0) ** 2 == pytest.approx(float(beta[1] * (1 - abar[0]) / (1 - abar[1])), rel=1e-6)
     assert beta_std(LINEAR, 1, 0) ** 2 == pytest.approx(float(beta[1]), rel=1e-6)
 
@@ -131,7 +133,7 @@ def test_ancestral_step_agrees_with_diffusers():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 13, 1000])
-@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, FLOW], ids=["linear", "cosine", "flow"])
 def test_no_noise_is_left_in(name, steps, schedule):
     """A denoiser that always answers c ends at exactly c."""
     c = noise(3, 7)
@@ -207,7 +209,7 @@ def test_threshold_counts_and_bounds():
     assert threshold.share == 0.5
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "velocity"])
 def test_denoiser_closure_inverts_the_prediction(prediction):
     from models.schedules import target
 
@@ -223,6 +225,7 @@ def test_denoiser_closure_inverts_the_prediction(prediction):
     "options, message",
     [
         (dict(sampler="dimm"), "ancestral, ddim"),
+        (dict(order=4), "1, 2 or 3"),
         (dict(steps=0), "between 1 and T = 1000"),
         (dict(steps=1001), "between 1 and T = 1000"),
         (dict(eta=1.5), "between 0 and 1"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.schedules import SCHEDULES, make_schedule, min_snr_weight, target, to_z0
+from models.schedules import PREDICTIONS, SCHEDULES, make_schedule, min_snr_weight, target, to_z0
 
 
 def test_linear_by_hand():
@@ -22,14 +22,25 @@ def test_cosine_by_hand():
     f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
     for t in (0, 1, 499, 900, 989):  # entry t holds alpha bar after t+1 steps
         assert float(schedule.alphas_cumprod[t]) == pytest.approx(f(t + 1) / f(0), rel=1e-9)
-    assert float(schedule.betas[-1]) == 0.999
+    assert float(schedule.alphas_cumprod[-1] / schedule.alphas_cumprod[-2]) == pytest.approx(
+        0.001
+    )  # beta is capped at 0.999
 
 
 def test_scaled_linear_by_hand():
-    schedule = make_schedule("scaled_linear", 1000)
-    assert float(schedule.betas[0]) == pytest.approx(0.00085) and float(schedule.betas[-1]) == pytest.approx(0.012)
-    assert float(schedule.betas[500]) == pytest.approx(
-        (math.sqrt(0.00085) + 500 / 999 * (math.sqrt(0.012) - math.sqrt(0.00085))) ** 2
+    abar = make_schedule("scaled_linear", 1000).alphas_cumprod
+    betas = 1 - abar[1:] / abar[:-1]
+    assert 1 - float(abar[0]) == pytest.approx(0.00085) and float(betas[-1]) == pytest.approx(0.012)
+    middle = (math.sqrt(0.00085) + 500 / 999 * (math.sqrt(0.012) - math.sqrt(0.00085))) ** 2
+    assert float(betas[499]) == pytest.approx(middle)
+
+
+def test_flow_by_hand():
+    schedule = make_schedule("flow", 1000)
+    assert float(schedule.alpha(249)) == pytest.approx(0.75) and float(schedule.sigma(249)) == pytest.approx(0.25)
+    assert float(schedule.alpha(999)) == 0.0 and float(schedule.sigma(999)) == 1.0
+    torch.testing.assert_close(
+        schedule.alpha(torch.arange(1000)) + schedule.sigma(torch.arange(1000)), torch.ones(1000, dtype=torch.float64)
     )
 
 
@@ -50,12 +61,13 @@ def test_identities(name, timesteps):
     schedule = make_schedule(name, timesteps)
     t = torch.arange(timesteps)
     assert schedule.alphas_cumprod.dtype == torch.float64 and len(schedule.alphas_cumprod) == timesteps
-    assert (schedule.alphas_cumprod.diff() < 0).all() and (schedule.alphas_cumprod > 0).all()
-    torch.testing.assert_close(
-        schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, torch.ones(timesteps, dtype=torch.float64), rtol=1e-12, atol=0
-    )
+    assert (schedule.alphas_cumprod.diff() < 0).all() and (schedule.alphas_cumprod >= 0).all()
+    if name != "flow":
+        one = torch.ones(timesteps, dtype=torch.float64)
+        torch.testing.assert_close(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, one, rtol=1e-12, atol=0)
+        abar = schedule.alphas_cumprod
+        torch.testing.assert_close(schedule.snr(t), abar / (1 - abar), rtol=1e-9, atol=0)
     torch.testing.assert_close(schedule.alpha(t) ** 2, schedule.alphas_cumprod, rtol=1e-12, atol=0)
-    torch.testing.assert_close(schedule.snr(t), schedule.alphas_cumprod / (1 - schedule.alphas_cumprod), rtol=1e-9, atol=0)
     assert float(schedule.alpha(-1)) == 1.0 and float(schedule.sigma(-1)) == 0.0
     alphas, sigmas = schedule.tables("cpu")
     assert len(alphas) == len(sigmas) == timesteps and alphas.dtype == torch.float32
@@ -70,21 +82,32 @@ def test_bad_input():
         make_schedule("linear").alpha(1000)
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
-def test_prediction_and_back(kind):
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("sigma", [0.8, 0.4], ids=["variance preserving", "flow"])
+def test_prediction_and_back(kind, sigma):
     torch.manual_seed(0)
     z, eps = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
-    alpha, sigma = torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
+    alpha, sigma = torch.tensor(0.6, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
     z_t = alpha * z + sigma * eps
     torch.testing.assert_close(to_z0(kind, target(kind, z, eps, alpha, sigma), z_t, alpha, sigma), z)
 
 
-def test_min_snr_weights_are_one_loss():
-    """The three forms weigh the same error: |z0 error|² = sigma²/alpha² |eps error|² = sigma² |v error|²."""
-    schedule = make_schedule("cosine")
-    t = torch.tensor([5, 300, 600, 900])
-    snr, alpha, sigma = schedule.snr(t), schedule.alpha(t), schedule.sigma(t)
-    on_x0 = min_snr_weight("x0", snr, 5.0)
-    torch.testing.assert_close(on_x0 * sigma**2 / alpha**2, min_snr_weight("eps", snr, 5.0))
-    torch.testing.assert_close(on_x0 * sigma**2, min_snr_weight("v", snr, 5.0))
-    assert float(on_x0.max()) == 5.0
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+def test_min_snr_weights_are_one_loss(name):
+    """All forms weigh the same error of z0: a network off by a fixed dz is off by to_z0's inverse in its own terms."""
+    schedule, t = make_schedule(name), torch.tensor([5, 300, 600, 900])
+    alpha, sigma, snr = schedule.alpha(t), schedule.sigma(t), schedule.snr(t)
+    torch.manual_seed(0)
+    z, eps, dz = torch.randn(3, 4, dtype=torch.float64)
+    z_t = alpha * z + sigma * eps
+    for kind in PREDICTIONS:
+        off = target(kind, z + dz, (z_t - alpha * (z + dz)) / sigma, alpha, sigma) - target(kind, z, eps, alpha, sigma)
+        torch.testing.assert_close(min_snr_weight(kind, alpha, sigma, 5.0) * off**2, snr.clamp(max=5.0) * dz**2)
+    torch.testing.assert_close(min_snr_weight("eps", *make_pair(3.0), 5.0), torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(min_snr_weight("eps", *make_pair(20.0), 5.0), torch.tensor(0.25, dtype=torch.float64))
+    torch.testing.assert_close(min_snr_weight("v", *make_pair(20.0), 5.0), torch.tensor(5 / 21, dtype=torch.float64))
+
+
+def make_pair(snr):
+    """alpha and sigma of a variance-preserving schedule at this snr."""
+    return torch.tensor(snr / (1 + snr), dtype=torch.float64).sqrt(), torch.tensor(1 / (1 + snr), dtype=torch.float64).sqrt()
