@@ -161,6 +161,7 @@ class Sampling(Section):
     precision: Literal["auto", "float32", "bfloat16"] = key(
         "float32", "float32: the same picture in any batch size; auto: as in training, faster"
     )
+    strip: Count = key(0, "frames of a denoising strip and GIF: decoded clean estimates of the first images; 0: none")
     single_files: bool = key(False, "save every image as a PNG of its own too")
 
 

@@ -27,9 +27,11 @@ from models.latents import Normaliser
 from models.schedules import make_schedule
 from models.unet import UNet
 from models.vae import VAE
-from pictures import grid, save_png
-from sampling import Threshold, image_generators, make_denoiser, randn, sample, timesteps
+from pictures import grid, save_gif, save_png
+from sampling import Threshold, evaluations, image_generators, make_denoiser, randn, sample, timesteps
 from training import autocast, parameters_of, pick_device, pick_precision
+
+STRIP_IMAGES = 8
 
 
 def infer(config: Config, dry_run: bool) -> None:
@@ -70,7 +72,9 @@ def infer(config: Config, dry_run: bool) -> None:
     print(
         f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters, step {header['step']:,}; {header['schedule']} schedule, {s.sampler}, "
         f"{walked} steps, x0_clamp {s.x0_clamp}, on {device} in {str(dtype)[6:]}\n"
-        f"images: {count:,}\nfiles: {results / name}.png" + (f", {results / name}/000000.png …" if s.single_files else "")
+        f"images: {count:,}\nfiles: {results / name}.png"
+        + (f", {name}_strip.png and .gif" if s.strip else "")
+        + (f", {name}/000000.png …" if s.single_files else "")
     )
     if dry_run:
         return
@@ -87,10 +91,15 @@ def infer(config: Config, dry_run: bool) -> None:
     shape = (header["settings"]["channels"], header["settings"]["size"], header["settings"]["size"])
     moments, out_of_range, shown = Moments(shape[0]), 0, []
     started = time.monotonic()
-    with tqdm(total=count * walked, unit="eval", desc="sampling") as bar:
+    network_calls = evaluations(s.sampler, walked)
+    framed = set(np.linspace(0, network_calls - 1, s.strip).round().astype(int).tolist())  # evaluations shown in the strip
+    frames: list[Tensor] = []  # z0_hat of the first images, (STRIP_IMAGES, C, h, w) each
+    with tqdm(total=count * network_calls, unit="eval", desc="sampling") as bar:
 
-        def progress(_i: int, _t: int, z_t: Tensor, _z0: Tensor) -> None:
+        def progress(i: int, _t: int, z_t: Tensor, z0: Tensor) -> None:
             bar.update(len(z_t))
+            if i in framed and len(frames) < len(framed):  # of the first batch only
+                frames.append(z0[:STRIP_IMAGES])
 
         for start in range(0, count, s.batch_size):
             indices = range(start, min(start + s.batch_size, count))
@@ -108,6 +117,12 @@ def infer(config: Config, dry_run: bool) -> None:
                 for i, picture in zip(indices, pixels):
                     save_png(grid(picture[None], 1), results / name / f"{i:06d}.png")
     seconds = time.monotonic() - started
+    if frames:
+        with torch.no_grad(), autocast(device, dtype):
+            frames = [torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z0)))) for z0 in frames]
+        rows = torch.stack(frames, dim=1).flatten(0, 1).numpy()  # image by image, its frames from noise to picture
+        save_png(grid(rows, len(frames)), results / f"{name}_strip.png")
+        save_gif([grid(frame.numpy(), len(frame)) for frame in frames], results / f"{name}_strip.gif")
 
     figures = calibration(moments, normaliser, threshold, out_of_range / (count * image_bytes))
     settings = {

@@ -37,6 +37,17 @@ def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> No
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    """An endless GIF, six frames a second, that rests on its last frame."""
+    times = [160] * (len(frames) - 1) + [1600]  # ms
+    write_atomically(
+        path,
+        lambda temporary: frames[0].save(
+            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0
+        ),
+    )
+
+
 def plot_curves(folder: Path) -> Path:
     """folder/metrics.jsonl -> folder/curves.png, one panel per figure, training and held-out in the same one."""
     import matplotlib

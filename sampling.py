@@ -88,6 +88,11 @@ def sample(
     )
 
 
+def evaluations(sampler: str, steps: int) -> int:
+    """Network evaluations of that many solver steps, the last of which ends at clean data."""
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
 # Samplers: (predict(z_t, t) -> z0_hat, z, schedule, pairs, draw() -> noise, options) -> z0
 
 

@@ -311,6 +311,19 @@ def test_the_same_picture_in_any_batch_size(trained, tmp_path):
         assert np.abs(whole - pictures(4, sampler)).max() <= 1 and np.abs(whole - pictures(1, sampler)).max() <= 1
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun"])
+def test_a_strip_goes_from_noise_to_the_picture(trained, sampler):
+    assert trained.run("infer", "sampling.strip=3", f"sampling.sampler={sampler}") == 0
+    results = trained.folder / "results"
+    strip, grid = (np.asarray(Image.open(results / f"tiny_cosine_{sampler}_2x3{end}.png")) for end in ("_strip", ""))
+    assert strip.shape == (6 * 18 - 2, 3 * 18 - 2, 3)  # six images, three frames of 16 with a gap of 2
+    for i in range(6):
+        assert np.array_equal(strip[18 * i : 18 * i + 16, 36:52], grid[i // 3 * 18 :, i % 3 * 18 :][:16, :16])
+    assert not np.array_equal(strip[:16, :16], strip[:16, 36:52])
+    gif = Image.open(results / f"tiny_cosine_{sampler}_2x3_strip.gif")
+    assert gif.n_frames == 3 and gif.size == (6 * 18 - 2, 16)
+
+
 def test_calibration_by_hand():
     from calibration import Moments, advice, calibration
     from config import load_config
