@@ -1,4 +1,4 @@
-# make demo   install if needed, then all four stages on drawn faces: no download, no GPU, about 12 minutes on two cores
+# make demo   install if needed, then all four stages on drawn faces: no download, no GPU, about 13 minutes on two cores
 # make test   install if needed, then the tests
 
 PYTHON ?= python3
