@@ -268,8 +268,9 @@ def test_no_nan_gradient_where_features_are_zero(backbone_file):
         name: torch.full_like(value, -1.0) for name, value in torch.load(backbone_file("squeeze"), weights_only=True).items()
     }
     y = torch.zeros(1, 3, 64, 64, requires_grad=True)
-    LPIPS("squeeze", state, official=True).eval()(torch.ones(1, 3, 64, 64), y).sum().backward()
-    assert torch.isfinite(y.grad).all()
+    distance = LPIPS("squeeze", state, official=True).eval()(torch.ones(1, 3, 64, 64), y)
+    distance.sum().backward()
+    assert torch.isfinite(distance).all() and torch.isfinite(y.grad).all()
 
 
 def test_vgg19_distance_by_hand(backbone_file):

@@ -253,6 +253,17 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(experiment, trained
     expected_t = int(torch.randint(0, 1000, (8,))[2])
     assert "step 6" in line and f"timestep {expected_t}" in line and "learning rate 0.0002" in line and "kept" in line
     assert (experiment.run_dir / "cosine" / "state.pt").read_bytes() == state
+    # A save that comes before the next report must not write the broken state either.
+    fails(
+        experiment,
+        capsys,
+        "train_diffusion",
+        "diffusion.steps=12",
+        "diffusion.log_every=1000",
+        "diffusion.save_minutes=1e-9",
+        code=1,
+    )
+    assert (experiment.run_dir / "cosine" / "state.pt").read_bytes() == state
 
 
 def test_a_disk_that_fills_up_loses_nothing(experiment, capsys, monkeypatch):

@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from models.schedules import make_schedule
-from sampling import (
-    SAMPLERS,
-    Threshold,
-    image_generators,
-    make_denoiser,
-    randn,
-    sample,
-    timesteps,
-)
+from sampling import SAMPLERS, Threshold, image_generators, make_denoiser, randn, sample, step_from, timesteps
 
 LINEAR, COSINE, FLOW = make_schedule("linear"), make_schedule("cosine"), make_schedule("flow")
 
@@ -181,6 +173,18 @@ def test_clean_steps_add_no_noise():
                 break
             torch.randn(4, 2, 4, 4, generator=fresh)
     assert drawn == [9, 6]  # the last of ten steps never draws
+
+
+def test_clean_steps_of_ddim():
+    """eta = 1 with all but the first K steps clean is eta = 1 for K steps, then eta = 0."""
+    seen = []
+    mixed = sample(gaussian_denoiser(LINEAR), noise(4), LINEAR, "ddim", 10, eta=1.0, clean_steps=7, generator=torch.Generator().manual_seed(0),
+                   callback=lambda i, t, z_t, z0: seen.append((t, z_t)))  # fmt: skip
+    t, z = seen[3]
+    for s in [t for t, _ in seen[4:]] + [-1]:
+        z = step_from(z, gaussian_denoiser(LINEAR)(z, torch.tensor([t])), LINEAR, t, s, 0.0)
+        t = s
+    torch.testing.assert_close(mixed, z)
 
 
 @pytest.mark.parametrize(
