@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.schedules import Schedule, to_z0
+from solvers import SAMPLERS
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # z_t (B, C, h, w), t (B,) int64 -> z0_hat (B, C, h, w)
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -32,6 +33,9 @@ def sample(
     sigma_max: float | None = None,
     clean_steps: int = 0,
     x0_range=None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
     generator: Generators = None,
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
@@ -42,10 +46,14 @@ def sample(
     sigma_max    start where sigma/alpha is at most this; None: the schedule's own (80 for cosine)
     clean_steps  the last K steps are deterministic
     order        of unipc: 1 … 3
+    start        clean latents of noise's shape to begin from: image-to-image, by the last `strength` share of the steps
+                 (SDEdit: Meng et al. 2022); strength 1 begins from noise alone
+    mask         1 where to draw, 0 where `start` is kept, broadcastable to noise: its estimate is replaced there, and so
+                 every solver leads it to `start` through the right noise levels (Song et al. 2021b, App. I.2)
     x0_range     bound on z0_hat: None, a number (±), a pair (low, high) broadcastable to z, or a Threshold
     generator    for samplers that add noise: one, or one per image (then image i is the same in any batch)
     callback     called as callback(i, t, z_t, z0_hat) after network evaluation i = 0, 1, …
-    Raises ValueError for a sampler, spacing or variance that does not exist, and numbers out of range.
+    Raises ValueError for a sampler, spacing or variance that does not exist, numbers out of range, and shapes that differ.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} does not exist; there are: {', '.join(SAMPLERS)}")
@@ -57,16 +65,29 @@ def sample(
         raise ValueError(f"order is 1, 2 or 3, not {order}")
     if not 0 <= clean_steps <= steps:
         raise ValueError(f"clean_steps is between 0 and steps = {steps}, not {clean_steps}")
-    times = timesteps(schedule, steps, spacing, sigma_max)
+    if (mask is not None or strength != 1) and start is None:
+        raise ValueError("a mask or a strength needs clean latents to start from")
+    if start is not None and start.shape != noise.shape:
+        raise ValueError(f"latents to start from are {tuple(start.shape)}, noise is {tuple(noise.shape)}")
+    if mask is not None and any(m not in (1, n) for m, n in zip(mask.shape[::-1], noise.shape[::-1])):
+        raise ValueError(f"a mask {tuple(mask.shape)} does not broadcast to latents {tuple(noise.shape)}")
+    times = timesteps(schedule, steps, spacing, sigma_max, strength)
     pairs = list(zip(times, times[1:] + [-1]))  # (t_i, t_{i+1}), i = 0 … N-1
     threshold = as_threshold(x0_range)
-    # Of z_t at the first timestep when z has unit variance: 1 for every schedule but flow.
-    start_std = math.hypot(float(schedule.alpha(times[0])), float(schedule.sigma(times[0])))
+    alpha, sigma = float(schedule.alpha(times[0])), float(schedule.sigma(times[0]))
+    # Noise alone has the spread of z_t when z has unit variance: 1 for every schedule but flow.
+    z = noise.float() * math.hypot(alpha, sigma)
+    if start is not None:
+        noised = alpha * start + sigma * noise
+        z = noised if strength < 1 else z
+        z = z if mask is None else mask * z + (1 - mask) * noised
 
     evaluations = itertools.count()
 
     def predict(z: Tensor, t: int) -> Tensor:
         z0 = threshold(denoise(z, torch.full((len(z),), t, dtype=torch.int64, device=z.device)))
+        if mask is not None:
+            z0 = mask * z0 + (1 - mask) * start
         if callback is not None:
             callback(next(evaluations), t, z, z0)
         return z0
@@ -77,7 +98,7 @@ def sample(
     first_clean = len(pairs) - clean_steps  # steps i >= first_clean add no noise
     return SAMPLERS[sampler](
         predict,
-        noise.float() * start_std,
+        z,
         schedule,
         pairs,
         draw,
@@ -93,238 +114,53 @@ def evaluations(sampler: str, steps: int) -> int:
     return 2 * steps - 1 if sampler == "heun" else steps
 
 
-# Samplers: (predict(z_t, t) -> z0_hat, z, schedule, pairs, draw() -> noise, options) -> z0
-
-
-def sample_ddim(predict, z, schedule, pairs, draw, *, eta, first_clean, **_):
-    """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 is deterministic, eta 1 has the posterior's variance."""
-    for i, (t, s) in enumerate(pairs):  # i = 0 … N-1
-        z0 = predict(z, t)
-        noise_std = eta * posterior_std(schedule, t, s) if i < first_clean else 0.0
-        z = step_from(z, z0, schedule, t, s, noise_std)
-        if noise_std > 0:
-            z = z + noise_std * draw()
-    return z
-
-
-def sample_ancestral(predict, z, schedule, pairs, draw, *, variance, first_clean, **_):
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2) over any pairs of timesteps.
-
-    The mean is the posterior's, eq. 7, which is DDIM's with eta = 1. The variance of a step is the posterior's or the
-    larger beta (§3.2); the clean steps are DDIM's with eta = 0.
-    """
-    for i, (t, s) in enumerate(pairs):  # i = 0 … N-1
-        z0 = predict(z, t)
-        if i >= first_clean:
-            z = step_from(z, z0, schedule, t, s, 0.0)
-            continue
-        z = step_from(z, z0, schedule, t, s, posterior_std(schedule, t, s))
-        noise_std = posterior_std(schedule, t, s) if variance == "posterior" else beta_std(schedule, t, s)
-        if s >= 0:
-            z = z + noise_std * draw()
-    return z
-
-
-def sample_euler(predict, z, schedule, pairs, draw, **_):
-    """Euler's method on the probability-flow ODE in x = z/alpha over noise = sigma/alpha: dx/dnoise = (x - z0)/noise
-    (Karras et al. 2022, eq. 1 and 3). In exact arithmetic this is DDIM with eta = 0."""
-    for t, s in pairs:
-        z = euler_step(z, predict(z, t), schedule, t, s)
-    return z
-
-
-def sample_heun(predict, z, schedule, pairs, draw, **_):
-    """Heun's method on the same ODE (Karras et al. 2022, Algorithm 1 without churn): two evaluations a step, the last one."""
-    for t, s in pairs:  # t_i, t_{i+1}
-        z0 = predict(z, t)
-        proposal = euler_step(z, z0, schedule, t, s)
-        if s < 0:
-            return proposal
-        slope = derivative(z, z0, schedule, t)  # d_i
-        slope_there = derivative(proposal, predict(proposal, s), schedule, s)  # d'_i
-        x = z / float(schedule.alpha(t)) + (noise_level(schedule, s) - noise_level(schedule, t)) * (slope + slope_there) / 2
-        z = float(schedule.alpha(s)) * x
-    return z
-
-
-def sample_dpmpp_2m(predict, z, schedule, pairs, draw, **_):
-    """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2): second order from the two last estimates, one evaluation a step."""
-    before = None  # z0 at the step before, and its h
-    for t, s in pairs:
-        z0 = predict(z, t)
-        if s < 0:
-            return z0
-        h = log_snr(schedule, s) - log_snr(schedule, t)
-        mixed = extrapolate(z0, before, h)  # D_i
-        z = float(schedule.sigma(s) / schedule.sigma(t)) * z - float(schedule.alpha(s)) * math.expm1(-h) * mixed
-        before = z0, h
-    return z
-
-
-def sample_dpmpp_2m_sde(predict, z, schedule, pairs, draw, *, first_clean, **_):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 19, second order by the midpoint): noise in every step but the clean ones."""
-    before = None
-    for i, (t, s) in enumerate(pairs):  # i = 0 … N-1
-        z0 = predict(z, t)
-        if s < 0:
-            return z0
-        h = log_snr(schedule, s) - log_snr(schedule, t)
-        mixed, ratio, alpha = (
-            extrapolate(z0, before, h),
-            float(schedule.sigma(s) / schedule.sigma(t)),
-            float(schedule.alpha(s)),
-        )
-        if i < first_clean:
-            z = ratio * math.exp(-h) * z - alpha * math.expm1(-2 * h) * mixed
-            z = z + float(schedule.sigma(s)) * math.sqrt(-math.expm1(-2 * h)) * draw()
-        else:
-            z = ratio * z - alpha * math.expm1(-h) * mixed
-        before = z0, h
-    return z
-
-
-def sample_unipc(predict, z, schedule, pairs, draw, *, order, **_):
-    """UniPC (Zhao et al. 2023, Algorithms 5 to 8, data prediction, B(h) = e^h - 1): each evaluation corrects the step before
-    (UniC) and predicts the next (UniP), which costs nothing more. The first steps are of lower order."""
-    history: list[tuple[float, Tensor]] = []  # (lambda_i, z0_i), oldest first, at most `order` of them
-    start = None  # z at the timestep that history ends with
-    for i, (t, s) in enumerate(pairs):  # i = 0 … N-1
-        z0 = predict(z, t)
-        if s < 0:
-            return z0
-        if i > 0:
-            z = unipc_step(start, schedule, pairs[i - 1][0], t, history, z0)
-        history = [*history, (log_snr(schedule, t), z0)][-order:]
-        start = z
-        # Towards clean data the order falls as it rose: those last steps are long in log-SNR.
-        at_most = len(pairs) - i if pairs[-1][1] < 0 else order
-        z = unipc_step(start, schedule, t, s, history[-at_most:])
-    return z
-
-
-SAMPLERS: dict[str, Callable] = {
-    "ancestral": sample_ancestral,
-    "ddim": sample_ddim,
-    "euler": sample_euler,
-    "heun": sample_heun,
-    "dpmpp_2m": sample_dpmpp_2m,
-    "dpmpp_2m_sde": sample_dpmpp_2m_sde,
-    "unipc": sample_unipc,
-}
-
-
-# One step
-
-
-def step_from(z_t: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int, noise_std: float) -> Tensor:
-    """The mean of z_s given z_t and z0: alpha_s z0 + sqrt(sigma_s² - noise_std²) eps, eps re-derived from z0 (DDIM eq. 12)."""
-    if s < 0:
-        return z0  # clean data: exactly the estimate
-    alpha_t, sigma_t = float(schedule.alpha(t)), float(schedule.sigma(t))
-    alpha_s, sigma_s = float(schedule.alpha(s)), float(schedule.sigma(s))
-    eps = (z_t - alpha_t * z0) / sigma_t
-    return alpha_s * z0 + max(sigma_s**2 - noise_std**2, 0.0) ** 0.5 * eps
-
-
-def beta_std(schedule: Schedule, t: int, s: int) -> float:
-    """Std of q(z_t | z_s): sigma²_{t|s} = sigma_t² - (alpha_t/alpha_s)² sigma_s²; with s = t-1 this is sqrt(beta_t)."""
-    ratio = float(schedule.alpha(t) / schedule.alpha(s))
-    return max(float(schedule.sigma(t)) ** 2 - (ratio * float(schedule.sigma(s))) ** 2, 0.0) ** 0.5
-
-
-def posterior_std(schedule: Schedule, t: int, s: int) -> float:
-    """Std of q(z_s | z_t, z0): sigma_s/sigma_t · sigma_{t|s} (Ho et al. 2020, eq. 7; DDIM eq. 16)."""
-    return float(schedule.sigma(s) / schedule.sigma(t)) * beta_std(schedule, t, s)
-
-
-def noise_level(schedule: Schedule, t: int) -> float:
-    """sigma/alpha: Karras et al.'s sigma."""
-    return float(schedule.sigma(t) / schedule.alpha(t))
-
-
-def log_snr(schedule: Schedule, t: int) -> float:
-    """lambda_t = log(alpha_t/sigma_t), half the log of the signal-to-noise ratio (Lu et al. 2022a, §3.1)."""
-    return -math.log(noise_level(schedule, t))
-
-
-def derivative(z: Tensor, z0: Tensor, schedule: Schedule, t: int) -> Tensor:
-    """dx/dnoise of x = z/alpha: (x - z0)/noise (Karras et al. 2022, eq. 3)."""
-    return (z / float(schedule.alpha(t)) - z0) / noise_level(schedule, t)
-
-
-def euler_step(z: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int) -> Tensor:
-    if s < 0:
-        return z0
-    x = z / float(schedule.alpha(t)) + (noise_level(schedule, s) - noise_level(schedule, t)) * derivative(z, z0, schedule, t)
-    return float(schedule.alpha(s)) * x
-
-
-def extrapolate(z0: Tensor, before: tuple[Tensor, float] | None, h: float) -> Tensor:
-    """D_i = (1 + 1/2r) z0_i - 1/2r z0_{i-1}, r = h_{i-1}/h_i; the first step has nothing before it."""
-    if before is None:
-        return z0
-    z0_before, h_before = before
-    half = h / (2 * h_before)
-    return (1 + half) * z0 - half * z0_before
-
-
-def unipc_step(
-    z: Tensor, schedule: Schedule, t: int, s: int, history: list[tuple[float, Tensor]], z0_there: Tensor | None = None
-) -> Tensor:
-    """From z_t to z_s by the estimates at t and before it; with the estimate at s too it is the corrector.
-
-    With p nodes r_k of the other estimates, in units of h from t, the weights a_k solve sum_k a_k r_k^(n-1) = phi_n
-    for n = 1 … p (Zhao et al. 2023, eq. 5 and 10, in the data form of App. A).
-    """
-    lambda_t, z0 = history[-1]
-    h = log_snr(schedule, s) - lambda_t
-    nodes = [((node - lambda_t) / h, (estimate - z0) * (h / (node - lambda_t))) for node, estimate in reversed(history[:-1])]
-    if z0_there is not None:
-        nodes.append((1.0, z0_there - z0))
-    z = float(schedule.sigma(s) / schedule.sigma(t)) * z - float(schedule.alpha(s)) * math.expm1(-h) * z0
-    if not nodes:
-        return z
-    base = math.expm1(-h)  # B(h) of the data form
-    phi, right = math.expm1(-h) / -h - 1, []
-    for n in range(1, len(nodes) + 1):
-        right.append(phi * math.factorial(n) / base)
-        phi = phi / -h - 1 / math.factorial(n + 1)
-    r = torch.tensor([r for r, _ in nodes], dtype=torch.float64)
-    # One node of a predictor or a corrector: 1/2, the value that the equation tends to for small h.
-    weights = (
-        [0.5]
-        if len(nodes) == 1
-        else torch.linalg.solve(r[None] ** torch.arange(len(r))[:, None], torch.tensor(right, dtype=torch.float64)).tolist()
-    )
-    return z - float(schedule.alpha(s)) * base * sum(w * slope for w, (_, slope) in zip(weights, nodes))
-
-
 # Which timesteps are visited
 
 
-def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing", sigma_max: float | None = None) -> list[int]:
-    """`steps` descending timesteps among those with sigma/alpha <= sigma_max (fewer if there are fewer; None: the schedule's own).
+SPACINGS = ("trailing", "leading", "linspace", "logsnr", "karras")
+RHO = 7.0  # Karras et al. 2022, eq. 5
+
+
+def timesteps(
+    schedule: Schedule, steps: int, spacing: str = "trailing", sigma_max: float | None = None, strength: float = 1.0
+) -> list[int]:
+    """`steps` descending timesteps among those with sigma/alpha <= sigma_max (None: the schedule's own).
 
     trailing  T-1, then down in equal strides (Lin et al. 2024, Table 2)      leading   0, T//N, …, reversed (DDIM)
     linspace  equal strides with both T-1 and 0 among them
-    The last cosine steps have sigma/alpha of 80 … 20000; there an error in eps is multiplied by up to that much.
+    logsnr    equal strides of log(alpha/sigma) (Lu et al. 2022a, §3.4)       karras    of (sigma/alpha)^(1/7)
+    Only the last `strength` share of them is given. There are fewer where few are usable, and in the last two spacings
+    where neighbours fall on the same timestep. The last cosine steps have sigma/alpha of 80 … 20000; there an error in eps
+    is multiplied by up to that much.
     """
     if not 1 <= steps <= schedule.timesteps:
         raise ValueError(f"steps is between 1 and T = {schedule.timesteps}, not {steps}")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is more than 0 and at most 1, not {strength}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing {spacing!r} does not exist; there are: {', '.join(SPACINGS)}")
     sigma_max = schedule.sigma_max if sigma_max is None else sigma_max
     every = torch.arange(schedule.timesteps)
-    usable = int((schedule.sigma(every) / schedule.alpha(every) <= sigma_max).sum())
+    levels = schedule.sigma(every) / schedule.alpha(every)  # rising with t
+    usable = int((levels <= sigma_max).sum())
     if usable < 1:
         raise ValueError(f"no timestep has sigma/alpha <= sigma_max = {sigma_max}")
     steps = min(steps, usable)
     i = torch.arange(steps, dtype=torch.float64)
     if spacing == "trailing":
-        return (usable - i * usable / steps).round().long().sub(1).tolist()
-    if spacing == "leading":
-        return (i.long() * (usable // steps)).flip(0).tolist()
-    if spacing == "linspace":
-        return torch.linspace(usable - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-    raise ValueError(f"spacing {spacing!r} does not exist; there are: trailing, leading, linspace")
+        times = (usable - i * usable / steps).round().long() - 1
+    elif spacing == "leading":
+        times = (i.long() * (usable // steps)).flip(0)
+    elif spacing == "linspace":
+        times = torch.linspace(usable - 1, 0, steps, dtype=torch.float64).round().long()
+    else:
+        high, low = float(levels[usable - 1]), float(levels[0])
+        if spacing == "logsnr":
+            wanted = torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64)
+        else:
+            wanted = RHO * torch.linspace(high ** (1 / RHO), low ** (1 / RHO), steps, dtype=torch.float64).log()
+        times = (levels[:usable].log() - wanted[:, None]).abs().argmin(dim=1).unique_consecutive()
+    return times[len(times) - max(1, round(strength * len(times))) :].tolist()
 
 
 # The closure: everything about a network that a sampler need not know
@@ -345,6 +181,47 @@ def make_denoiser(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = net(z_t.contiguous(memory_format=torch.channels_last), t).float()
         return to_z0(prediction, output, z_t, alphas[t][:, None, None, None], sigmas[t][:, None, None, None])
+
+    return denoise
+
+
+def guided(
+    cond: Denoise,
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    schedule: Schedule,
+    scale: float,
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+) -> Denoise:
+    """Classifier-free guidance (Ho & Salimans 2021): uncond + scale (cond - uncond), on the clean estimates.
+
+    For a given z_t the clean estimate is linear in eps and in v, so this is the same as guiding those.
+    cond      denoise(z_t, t) -> z0_hat, all that is evaluated where guidance is off
+    both      (z_t, t) -> the conditional and the unconditional z0_hat, from one batch of two halves (or two networks)
+    scale     1 is off, 0 unconditional
+    interval  guide only where sigma/alpha lies between these two (Kynkäänniemi et al. 2024)
+    rescale   0 … 1: draw the spread of each image back to the conditional estimate's (Lin et al. 2024, eq. 15 and 16)
+    """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale is between 0 and 1, not {rescale}")
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"the interval of guidance goes from a lower to a higher sigma/alpha, not {tuple(interval)}")
+
+    def is_off(t: Tensor) -> bool:
+        if scale == 1 or interval is None:
+            return scale == 1
+        now = int(t[0])
+        return not interval[0] <= float(schedule.sigma(now) / schedule.alpha(now)) <= interval[1]
+
+    def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+        if is_off(t):
+            return cond(z_t, t)
+        z0_cond, z0_uncond = both(z_t, t)
+        z0 = z0_uncond + scale * (z0_cond - z0_uncond)
+        if rescale:
+            spread = z0_cond.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)
+            z0 = rescale * spread * z0 + (1 - rescale) * z0
+        return z0
 
     return denoise
 
@@ -398,3 +275,13 @@ def randn(shape, generator: Generators, device) -> Tensor:
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} images")
     return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Spherical interpolation between two noises (C, h, w): 0 is a, 1 is b, and what lies between is as long as they are
+    (Shoemake 1985), which a straight line's middle is not."""
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if float(angle) < 1e-4:
+        return torch.lerp(a, b, share)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)

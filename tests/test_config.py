@@ -104,7 +104,7 @@ def test_samplers_and_schedules_of_the_schema_exist():
     from typing import get_args
 
     from models.schedules import PREDICTIONS, SCHEDULES
-    from sampling import SAMPLERS
+    from solvers import SAMPLERS
     from sources import SOURCES
 
     fields = dict(walk(Config))

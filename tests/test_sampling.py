@@ -1,10 +1,13 @@
 """Samplers on exact denoisers, whose answers are known in closed form."""
 
+import math
+
 import pytest
 import torch
 
 from models.schedules import make_schedule
-from sampling import SAMPLERS, Threshold, image_generators, make_denoiser, randn, sample, step_from, timesteps
+from sampling import Threshold, image_generators, make_denoiser, randn, sample, timesteps
+from solvers import SAMPLERS, beta_std, posterior_std, step_from
 
 LINEAR, COSINE, FLOW = make_schedule("linear"), make_schedule("cosine"), make_schedule("flow")
 
@@ -92,8 +95,6 @@ def test_ddim_with_eta_one_is_ancestral(steps):
 
 def test_posterior_variance_by_hand():
     """One step t=1 -> s=0 of the linear schedule: beta tilde = beta_1 (1 - abar_0) / (1 - abar_1) (Ho et al. 2020, eq. 7)."""
-    from sampling import beta_std, posterior_std
-
     abar = LINEAR.alphas_cumprod
     beta = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
     assert posterior_std(LINEAR, 1, 0) ** 2 == pytest.approx(float(beta[1] * (1 - abar[0]) / (1 - abar[1])), rel=1e-6)
@@ -196,6 +197,25 @@ def test_spacings(spacing, expected):
     assert got == expected
 
 
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("spacing", ["logsnr", "karras"])
+def test_spacings_by_noise_level(spacing, schedule):
+    """The timesteps nearest to equal strides of log(sigma/alpha), or of Karras et al. 2022, eq. 5, from their formulas."""
+    level = lambda t: float(schedule.sigma(t) / schedule.alpha(t))
+    times = timesteps(schedule, 8, spacing)
+    high, low = level(times[0]), level(0)
+    assert times[0] == timesteps(schedule, 1000)[0] and times[-1] == 0 and len(times) == 8
+    for i, t in enumerate(times):
+        if spacing == "logsnr":
+            wanted = high * (low / high) ** (i / 7)
+        else:
+            wanted = (high ** (1 / 7) + i / 7 * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+        off = lambda t: abs(math.log(level(t) / wanted))
+        assert off(t) <= min(off(max(t - 1, 0)), off(min(t + 1, 999))) + 1e-12, (i, t)
+    many = timesteps(schedule, 1000, spacing)
+    assert many == sorted(set(many), reverse=True) and 100 < len(many) < 1000  # neighbours that coincide are one step
+
+
 def test_cosine_starts_where_noise_is_bounded():
     times = timesteps(COSINE, 1000)
     assert times[-1] == 0 and 985 <= times[0] <= 992
@@ -233,7 +253,7 @@ def test_denoiser_closure_inverts_the_prediction(prediction):
         (dict(steps=0), "between 1 and T = 1000"),
         (dict(steps=1001), "between 1 and T = 1000"),
         (dict(eta=1.5), "between 0 and 1"),
-        (dict(spacing="even"), "trailing, leading, linspace"),
+        (dict(spacing="even"), "trailing, leading, linspace, logsnr, karras"),
         (dict(variance="big"), "posterior, beta"),
         (dict(clean_steps=51), "between 0 and steps"),
         (dict(generator=[torch.Generator()], eta=1.0), "1 generators for 2 images"),

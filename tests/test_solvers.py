@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.schedules import make_schedule
-from sampling import SAMPLERS, sample
+from sampling import make_denoiser, sample
+from solvers import SAMPLERS
 
 FINE = make_schedule("linear", 100_000)  # so fine that rounding to timesteps does not disturb an order
 LINEAR = make_schedule("linear")
@@ -148,3 +149,21 @@ def test_agrees_with_diffusers_in_noise_units(ours, theirs):
         eps = (alpha * x - alpha * denoise(alpha * x, t[None].long())) / sigma
         x = scheduler.step(eps, t, x).prev_sample
     torch.testing.assert_close(x, final, rtol=2e-4, atol=2e-4)
+
+
+# The sums that diffusers' own tests of its schedulers hold (tests/schedulers/test_scheduler_{ddpm,ddim}.py, full_loop): a
+# dummy model of the sample and t, a sample that counts from 0 to 1, clean estimates clipped to ±1.
+
+
+@pytest.mark.parametrize("name, options, prediction, absolute_sum", [
+    ("ancestral", dict(steps=1000), "eps", 258.9606),
+    ("ancestral", dict(steps=1000), "v", 202.0296),
+    ("ddim", dict(steps=10, spacing="leading"), "eps", 172.0067),
+    ("ddim", dict(steps=10, spacing="leading"), "v", 52.5302),
+])  # fmt: skip
+def test_golden_sums_of_diffusers(name, options, prediction, absolute_sum):
+    counting = torch.arange(4 * 3 * 8 * 8).reshape(3, 8, 8, 4).permute(3, 0, 1, 2) / (4 * 3 * 8 * 8)
+    dummy = lambda z, t: z * t[0] / (t[0] + 1)
+    denoise = make_denoiser(dummy, LINEAR, prediction, torch.device("cpu"))
+    z = sample(denoise, counting, LINEAR, name, x0_range=1.0, generator=torch.Generator().manual_seed(0), **options)
+    assert float(z.abs().sum()) == pytest.approx(absolute_sum, abs=1e-2)
