@@ -142,7 +142,9 @@ class Sampling(Section):
     eta: Share = key(0.0, "ddim: 0 deterministic … 1 ancestral")
     order: Annotated[int, Field(ge=1, le=3)] = key(2, "unipc: order of the solver")
     variance: Literal["posterior", "beta"] = key("posterior", "ancestral: variance of a step")
-    spacing: Literal["trailing", "leading", "linspace"] = key("trailing", "which timesteps are visited")
+    spacing: Literal["trailing", "leading", "linspace", "logsnr", "karras"] = key(
+        "trailing", "which timesteps are visited: even in t, or in log(alpha/sigma), or as Karras et al. 2022"
+    )
     sigma_max: Optional[PositiveFloat] = key(
         None, "start where sigma/alpha is at most this; default: 80 for cosine (near t = 990), no bound for others"
     )
@@ -152,6 +154,12 @@ class Sampling(Section):
     )
     clean_steps: Count = key(0, "make the last K steps deterministic")
     seed: Seed = key(0, "image i depends on this and i alone")
+    slerp_to: Optional[Seed] = key(None, "another seed: each row goes from an image of `seed` to one of this seed")
+    image: Optional[str] = key(None, "a picture to start from (image-to-image), of the model's size")
+    strength: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+        0.6, "share of the steps made from sampling.image; 1 forgets all of it but what a mask keeps"
+    )
+    mask: Optional[str] = key(None, "inpainting: a picture, white where sampling.image is to be drawn anew; use strength=1")
     rows: PositiveInt = key(10, "rows of the grid")
     cols: PositiveInt = key(10, "columns of the grid")
     images: Optional[PositiveInt] = key(
@@ -212,6 +220,13 @@ class Config(Section):
             raise ValueError(
                 f"sampling.steps {self.sampling.steps} is more than diffusion.timesteps {self.diffusion.timesteps}"
             )
+        s = self.sampling
+        if s.mask is not None and s.image is None:
+            raise ValueError("sampling.mask needs a sampling.image")
+        if s.slerp_to is not None and s.image is not None:
+            raise ValueError("sampling.slerp_to and sampling.image exclude each other")
+        if s.slerp_to is not None and (s.sampler in ("ancestral", "dpmpp_2m_sde") or s.eta > 0):
+            raise ValueError("sampling.slerp_to needs a sampler that adds no noise of its own: ddim with eta 0, dpmpp_2m, …")
         if self.sampling.clean_steps > self.sampling.steps:
             raise ValueError(
                 f"sampling.clean_steps {self.sampling.clean_steps} is more than sampling.steps {self.sampling.steps}"

@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts import build, fingerprint, load_weights, require_space
+from artifacts import require_space
 from calibration import Moments, advice, calibration
-from config import Config, UserError
-from data import Encodings, to_uint8
-from models.latents import Normaliser
-from models.schedules import make_schedule
-from models.unet import UNet
-from models.vae import VAE
+from config import Config, Sampling, UserError
+from data import to_uint8
+from latent_diffusion import LatentDiffusion
 from pictures import grid, save_gif, save_png
-from sampling import Threshold, evaluations, image_generators, make_denoiser, randn, sample, timesteps
-from training import autocast, parameters_of, pick_device, pick_precision
+from sampling import evaluations, sample, timesteps
+from starts import Given, noise_of
+from training import parameters_of, pick_device, pick_precision
 
 STRIP_IMAGES = 8
 
@@ -37,40 +35,22 @@ STRIP_IMAGES = 8
 def infer(config: Config, dry_run: bool) -> None:
     s, device = config.sampling, pick_device(config.device)
     dtype = pick_precision(s.precision, device)
-    vae_path = config.run_dir / "vae" / "vae.safetensors"
-    unet_path = config.run_dir / config.diffusion_name / "unet.safetensors"
-    vae_tensors, vae_header = load_weights(vae_path, "vae", "train_vae.py")
-    unet_tensors, header = load_weights(unet_path, "unet", "train_diffusion.py")
-    if header["vae_fingerprint"] != fingerprint(vae_tensors):
-        raise UserError(
-            f"{unet_path} was trained on encodings of another VAE ({header['vae_fingerprint']}) than {vae_path} holds "
-            f"({fingerprint(vae_tensors)}): run create_encodings.py and train_diffusion.py"
-        )
-    if not header["complete"]:
-        print(
-            f"note: {unet_path} stopped at step {header['step']:,} of {header['steps']:,}; train_diffusion.py goes on from there"
-        )
-    check_encodings(config, unet_path, header)
-    try:
-        normaliser = Normaliser.from_state_dict(unet_tensors, "normaliser.")
-        schedule = make_schedule(header["schedule"], header["timesteps"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{unet_path} is not as this version writes it ({error!r}): train it again") from None
-    net_tensors = {name: value for name, value in unet_tensors.items() if not name.startswith("normaliser.")}
-    vae = build(VAE, vae_tensors, vae_header, vae_path).to(device, memory_format=torch.channels_last).eval()
-    unet = build(UNet, net_tensors, header, unet_path).to(device, memory_format=torch.channels_last).eval()
+    model = LatentDiffusion(config, device, dtype)
+    header, schedule, normaliser = model.header, model.schedule, model.normaliser
+    given = Given.load(s, model) if s.image else None
     count = s.images or s.rows * s.cols
-    name = f"{config.name}_{config.diffusion_name}_{s.sampler}_{s.rows}x{s.cols}"
+    name = f"{config.name}_{config.diffusion_name}_{s.sampler}_{s.rows}x{s.cols}{suffix(s)}"
     results = Path(config.results_dir)
-    image_bytes = 3 * vae_header["image_size"] ** 2
+    image_bytes = 3 * model.image_size**2
     require_space(results, (s.rows * s.cols + (count if s.single_files else 0)) * image_bytes)
+    strength = s.strength if given else 1.0
     try:
-        walked = len(timesteps(schedule, s.steps, s.spacing, s.sigma_max))
+        walked = len(timesteps(schedule, s.steps, s.spacing, s.sigma_max, strength))
     except ValueError as error:
         raise UserError(f"sampling: {error}") from None
 
     print(
-        f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters, step {header['step']:,}; {header['schedule']} schedule, {s.sampler}, "
+        f"U-Net: {parameters_of(model.unet) / 1e6:.2f}M parameters, step {header['step']:,}; {header['schedule']} schedule, {s.sampler}, "
         f"{walked} steps, x0_clamp {s.x0_clamp}, on {device} in {str(dtype)[6:]}\n"
         f"images: {count:,}\nfiles: {results / name}.png"
         + (f", {name}_strip.png and .gif" if s.strip else "")
@@ -79,17 +59,10 @@ def infer(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
 
-    normaliser = normaliser.to(device)
-    if s.x0_clamp == "none":
-        threshold = None
-    else:
-        threshold = Threshold(*(normaliser.range() if s.x0_clamp == "range" else (-s.x0_clamp, s.x0_clamp)))
-    options = s.model_dump(include={"eta", "order", "variance", "spacing", "sigma_max", "clean_steps"}) | {
-        "x0_range": threshold
-    }
-    denoise = make_denoiser(unet, schedule, header["prediction"], device, dtype)
-    shape = (header["settings"]["channels"], header["settings"]["size"], header["settings"]["size"])
-    moments, out_of_range, shown = Moments(shape[0]), 0, []
+    threshold = model.threshold(s.x0_clamp)
+    options = model.options(s) | {"x0_range": threshold, "strength": strength}
+    denoise = model.denoiser()
+    moments, out_of_range, shown = Moments(model.shape[0]), 0, []
     started = time.monotonic()
     network_calls = evaluations(s.sampler, walked)
     framed = set(np.linspace(0, network_calls - 1, s.strip).round().astype(int).tolist())  # evaluations shown in the strip
@@ -103,14 +76,16 @@ def infer(config: Config, dry_run: bool) -> None:
 
         for start in range(0, count, s.batch_size):
             indices = range(start, min(start + s.batch_size, count))
-            generators = image_generators(s.seed, indices, "cpu")  # there a seed is the same noise for every device
-            noise = randn((len(indices), *shape), generators, device)
+            noise, generators = noise_of(s, indices, model.shape, device)
+            if given:
+                options |= {"start": given.latent.expand_as(noise), "mask": given.latent_mask}
             z = sample(denoise, noise, schedule, s.sampler, s.steps, **options, generator=generators, callback=progress)
             moments.add(z)
-            with torch.no_grad(), autocast(device, dtype):
-                images = vae.decode(normaliser.denormalise(z))
+            images = model.decode(z)
             out_of_range += int((images.abs() > 1).sum())
             pixels = to_uint8(images)
+            if given:
+                pixels = given.keep(pixels)
             if start < s.rows * s.cols:
                 shown.append(pixels)
             if s.single_files:
@@ -118,8 +93,7 @@ def infer(config: Config, dry_run: bool) -> None:
                     save_png(grid(picture[None], 1), results / name / f"{i:06d}.png")
     seconds = time.monotonic() - started
     if frames:
-        with torch.no_grad(), autocast(device, dtype):
-            frames = [torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z0)))) for z0 in frames]
+        frames = [torch.from_numpy(to_uint8(model.decode(z0))) for z0 in frames]
         rows = torch.stack(frames, dim=1).flatten(0, 1).numpy()  # image by image, its frames from noise to picture
         save_png(grid(rows, len(frames)), results / f"{name}_strip.png")
         save_gif([grid(frame.numpy(), len(frame)) for frame in frames], results / f"{name}_strip.gif")
@@ -141,17 +115,16 @@ def infer(config: Config, dry_run: bool) -> None:
         f"calibration: generated/training std {figures['std_ratio']:.3f} overall, {figures['worst_channel_ratio']:.3f} in the worst channel "
         f"({figures['worst_channel']}); {figures['clamped']:.2%} of clean estimates clamped; {figures['out_of_range']:.2%} of pixels out of range"
     )
-    for line in advice(figures, s):
+    for line in [] if given else advice(figures, s):  # variations of one picture need not spread like all of them
         print(line)
     print(f"done: {path}, {count:,} images in {seconds:.1f} s")
 
 
-def check_encodings(config: Config, unet_path: Path, header: dict) -> None:
-    """Where the encodings lie beside the U-Net, they must be the ones it was trained on. Raises UserError."""
-    path = config.run_dir / "encodings.pt"
-    if path.exists() and Encodings.load(path).fingerprint != header["encodings_fingerprint"]:
-        raise UserError(f"{unet_path} was trained on other encodings than {path} holds: run train_diffusion.py under a new diffusion.name, "
-                        f"or create_encodings.py with the settings of then")  # fmt: skip
+def suffix(s: Sampling) -> str:
+    """What sets this grid apart in its file name from the plain one of the same model."""
+    if s.image:
+        return f"_{'inpaint' if s.mask else 'from'}_{Path(s.image).stem}"
+    return f"_slerp{s.seed}to{s.slerp_to}" if s.slerp_to is not None else ""
 
 
 def hardware(device: torch.device) -> str:

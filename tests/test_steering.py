@@ -56,7 +56,9 @@ def test_guiding_clean_estimates_is_guiding_eps():
 
 
 def test_guidance_moves_samples_away_from_the_unconditional_mean():
-    means = [float(sample(guided(COND, both, LINEAR, w), noise(256), LINEAR, "dpmpp_2m", 50).mean()) for w in (0.0, 1.0, 3.0)]
+    means = [
+        float(sample(guided(COND, both, LINEAR, w), noise(256), LINEAR, "dpmpp_2m", 50).mean()) for w in (0.0, 1.0, 3.0)
+    ]
     assert means[0] == pytest.approx(0.0, abs=0.05) and means[1] == pytest.approx(1.0, abs=0.05) and means[2] > 1.1
 
 
@@ -143,7 +145,9 @@ def test_outside_the_mask_knows_what_is_kept():
     start, mask = noise(64, 1).clone(), torch.zeros(4)
     start[..., 2:] = start[..., :2]
     mask[2:] = 1
-    z = sample(twins, noise(64), LINEAR, "ancestral", 500, start=start, mask=mask, generator=torch.Generator().manual_seed(0))
+    z = sample(
+        twins, noise(64), LINEAR, "ancestral", 500, start=start, mask=mask, generator=torch.Generator().manual_seed(0)
+    )
     drawn, kept = z[..., 2:], start[..., :2]
     assert torch.corrcoef(torch.stack([drawn.flatten(), kept.flatten()]))[0, 1] > 0.6
 

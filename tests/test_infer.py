@@ -1,0 +1,84 @@
+"""infer.py's starts: a picture, a picture with a mask, the way between two seeds. The rest of stage 4 is in test_pipeline.py."""
+
+import numpy as np
+import pytest
+from conftest import noise_image
+from PIL import Image
+
+WITH = ("sampling.strength=1", "sampling.rows=1", "sampling.cols=3")
+
+
+@pytest.fixture
+def face(tmp_path):
+    path = tmp_path / "face.png"
+    noise_image(0, 16, 16).save(path)
+    return path
+
+
+def cells(path, size=16, gap=2):
+    """The pictures of a grid, row by row: (N, size, size, 3)."""
+    whole = np.asarray(Image.open(path))
+    rows, cols = (-(-n // (size + gap)) for n in whole.shape[:2])
+    at = lambda i: slice(i * (size + gap), i * (size + gap) + size)
+    return np.stack([whole[at(r), at(c)] for r in range(rows) for c in range(cols)])
+
+
+def results(trained, name):
+    return trained.folder / "results" / f"tiny_cosine_{name}.png"
+
+
+def test_a_mask_keeps_the_pictures_own_pixels(trained, face, tmp_path):
+    mask = np.zeros((16, 16), dtype=np.uint8)
+    mask[9:, :] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    assert trained.run("infer", *WITH, f"sampling.image={face}", f"sampling.mask={tmp_path}/mask.png") == 0
+    drawn = cells(results(trained, "ddim_1x3_inpaint_face"))
+    given = np.asarray(Image.open(face))
+    assert len(drawn) == 3 and all(np.array_equal(d[:9], given[:9]) for d in drawn)
+    assert not any(np.array_equal(d[9:], given[9:]) for d in drawn) and not np.array_equal(drawn[0], drawn[1])
+
+
+def test_little_strength_stays_with_the_picture(trained, face):
+    off = []
+    for strength in (0.25, 1.0):  # of four steps: the last one, or all
+        argv = (*WITH[1:], f"sampling.image={face}", f"sampling.strength={strength}", "sampling.batch_size=2")
+        assert trained.run("infer", *argv) == 0
+        drawn = cells(results(trained, "ddim_1x3_from_face")).astype(float)
+        off.append(np.abs(drawn - drawn.mean(axis=0)).mean())
+    assert off[0] < 0.8 * off[1]
+
+
+def test_slerp_goes_from_one_seed_to_the_other(trained):
+    for options in ("sampling.slerp_to=5", "sampling.seed=0", "sampling.seed=5"):
+        assert trained.run("infer", "sampling.rows=2", "sampling.cols=3", options) == 0
+        if options == "sampling.seed=0":
+            first = cells(results(trained, "ddim_2x3"))
+    last, between = cells(results(trained, "ddim_2x3")), cells(results(trained, "ddim_2x3_slerp0to5"))
+    # Row i goes from image i of the one seed to image i of the other. uint8, and slerp's end is exact to rounding.
+    for i in range(2):
+        assert np.array_equal(between[3 * i], first[i])
+        assert np.abs(between[3 * i + 2].astype(int) - last[i]).max() <= 1
+        assert not np.array_equal(between[3 * i + 1], first[i])
+
+
+@pytest.mark.parametrize("size, black, options, message", [
+    ((16, 20), False, (), "face.png is 16x20; this model's pictures are 16x16"),
+    ((16, 16), True, (), "is black everywhere"),
+    ((16, 16), False, ("sampling.image=none.png",), "none.png cannot be read (No such file"),
+    ((16, 16), False, ("sampling.image=null",), "sampling.mask needs a sampling.image"),
+    ((16, 16), False, ("sampling.slerp_to=1",), "exclude each other"),
+    ((16, 16), False, ("sampling.image=null", "sampling.mask=null", "sampling.slerp_to=1", "sampling.eta=0.5"), "adds no noise of its own"),
+])  # fmt: skip
+def test_bad_pictures(trained, tmp_path, capsys, size, black, options, message):
+    noise_image(0, *size).save(tmp_path / "face.png")
+    Image.new("L", (16, 16), 0 if black else 255).save(tmp_path / "mask.png")
+    argv = (f"sampling.image={tmp_path}/face.png", f"sampling.mask={tmp_path}/mask.png", *options)
+    assert trained.run("infer", *argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0], error
+
+
+def test_a_mask_of_another_size(trained, face, tmp_path, capsys):
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    assert trained.run("infer", f"sampling.image={face}", f"sampling.mask={tmp_path}/mask.png") == 2
+    assert "mask.png is 8x8" in capsys.readouterr().err
