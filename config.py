@@ -132,8 +132,11 @@ class Diffusion(Training):
     sample_images: PositiveInt = key(36, "images of the sample picture while training (dpmpp_2m, 20 steps, fixed noise)")
 
 
+SamplerName = Literal["ancestral", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
+
+
 class Sampling(Section):
-    sampler: Literal["ancestral", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = key(
+    sampler: SamplerName = key(
         "dpmpp_2m",
         "ancestral: Ho et al. 2020; ddim: Song et al. 2021; euler, heun: Karras et al. 2022; dpmpp_2m and its SDE form: "
         "Lu et al. 2022; unipc: Zhao et al. 2023",
@@ -173,6 +176,15 @@ class Sampling(Section):
     single_files: bool = key(False, "save every image as a PNG of its own too")
 
 
+class Evaluation(Section):
+    task: Literal["samplers"] = key("samplers", "what evaluate.py judges; samplers: which one, and how many steps")
+    images: Annotated[int, Field(ge=2)] = key(256, "noises that every sampler starts from")
+    samplers: Annotated[list[SamplerName], Field(min_length=1)] = key(list(get_args(SamplerName)), "samplers to compare")
+    steps: Annotated[list[PositiveInt], Field(min_length=1)] = key([5, 10, 20, 50, 100, 1000], "numbers of steps to compare")
+    batch_size: PositiveInt = key(128, "images per network pass")
+    precision: Literal["auto", "float32", "bfloat16"] = key("auto", "as in training")
+
+
 class Logging(Section):
     tensorboard: bool = key(True, "write scalars and pictures for TensorBoard")
     wandb: bool = key(False, "log to Weights & Biases where the package is installed")
@@ -190,6 +202,7 @@ class Config(Section):
     encodings: Encodings = Encodings()
     diffusion: Diffusion = Diffusion()
     sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
 
     @property

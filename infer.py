@@ -9,7 +9,6 @@ import cli
 if __name__ == "__main__":
     cli.answer_early(__doc__)
 
-import platform
 import subprocess
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from latent_diffusion import LatentDiffusion
 from pictures import grid, save_gif, save_png
 from sampling import evaluations, sample, timesteps
 from starts import Given, noise_of
-from training import parameters_of, pick_device, pick_precision
+from training import hardware, parameters_of, pick_device, pick_precision
 
 STRIP_IMAGES = 8
 
@@ -125,12 +124,6 @@ def suffix(s: Sampling) -> str:
     if s.image:
         return f"_{'inpaint' if s.mask else 'from'}_{Path(s.image).stem}"
     return f"_slerp{s.seed}to{s.slerp_to}" if s.slerp_to is not None else ""
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:

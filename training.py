@@ -2,6 +2,7 @@
 
 import copy
 import math
+import platform
 
 import psutil
 import torch
@@ -85,3 +86,10 @@ class EMA:
     def update(self, n: int) -> None:
         decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(self._pairs[0], self._pairs[1], 1 - decay)
+
+
+def hardware(device: torch.device) -> str:
+    """For the records of what was made or measured on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
