@@ -42,7 +42,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Data(Section):
-    source: Literal["synthetic_faces", "folder", "celeba", "cifar10"] = key("celeba", "where images come from")
+    source: Literal["synthetic_faces", "folder", "celeba", "cifar10", "coco"] = key("celeba", "where images come from")
     path: Optional[str] = key(None, "folder or zip of the images; for celeba and cifar10 with download: where to put them")
     download: bool = key(False, "celeba, cifar10: let torchvision download into data.path")
     image_size: Annotated[int, Field(ge=8, le=4096)] = key(64, "pixels; images are square")
@@ -110,6 +110,17 @@ class Encodings(Section):
     dtype: Literal["float16", "bfloat16"] = key("float16", "how latents are stored")
 
 
+class Text(Section):
+    encoder: Literal["none", "clip", "words"] = key(
+        "none",
+        "of captions; clip: a frozen CLIP, cached by create_encodings.py; words: a small transformer, trained with the U-Net",
+    )
+    model: str = key("openai/clip-vit-base-patch32", "clip: its name on the Hugging Face hub, or a local folder")
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = key(128, "words: size of a token")
+    layers: PositiveInt = key(2, "words: transformer blocks")
+    max_words: PositiveInt = key(32, "words: longer captions are cut")
+
+
 class Diffusion(Training):
     name: Optional[Name] = key(None, "folder of this model under runs/<name>/; default: the schedule's name")
     schedule: Literal["linear", "cosine", "scaled_linear", "flow"] = key(
@@ -129,6 +140,19 @@ class Diffusion(Training):
     attention: list[PositiveInt] = key([8], "latent widths at which there is self-attention")
     head_channels: PositiveInt = key(64, "channels per attention head")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.1, "dropout inside residual blocks")
+    condition: Literal["none", "class", "text"] = key(
+        "none", "what a picture is conditioned on: its labels, or its captions"
+    )
+    labels: Optional[list[str]] = key(None, "class: which kinds of label, where the source has several; default: all")
+    cfg_dropout: Share = key(0.1, "share of conditions replaced with the null one, for classifier-free guidance")
+    cross_attention: list[PositiveInt] = key([], "text: latent widths at which there is cross-attention to the caption")
+    bottleneck: Literal["residual", "transformer"] = key(
+        "residual", "the middle of the U-Net; transformer: adaLN-Zero blocks"
+    )
+    bottleneck_blocks: PositiveInt = key(4, "transformer: how many blocks")
+    snapshot_every: Optional[PositiveInt] = key(
+        None, "steps between weights files kept in snapshots/, for sampling.autoguidance"
+    )
     sample_images: PositiveInt = key(36, "images of the sample picture while training (dpmpp_2m, 20 steps, fixed noise)")
 
 
@@ -157,6 +181,20 @@ class Sampling(Section):
     )
     clean_steps: Count = key(0, "make the last K steps deterministic")
     seed: Seed = key(0, "image i depends on this and i alone")
+    guidance: Annotated[float, Field(ge=0.0)] = key(1.0, "scale w: uncond + w (cond - uncond); 1: off, 0: unconditional")
+    guidance_interval: Optional[Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=2, max_length=2)]] = key(
+        None, "guide only where sigma/alpha lies between these two (Kynkäänniemi et al. 2024)"
+    )
+    guidance_rescale: Share = key(0.0, "draw the spread of guided estimates back to the unguided ones' (Lin et al. 2024)")
+    autoguidance: Optional[str] = key(
+        None,
+        "weights of an earlier snapshot or a smaller model to guide away from (Karras et al. 2024), instead of the null condition",
+    )
+    labels: Optional[Annotated[list[Union[int, str, dict[str, Union[bool, int, str]]]], Field(min_length=1)]] = key(
+        None,
+        "a row of pictures for each: [0, cat] where there is one kind of label, [{hat: beanie, glasses: yes}] where there are more; default: every class",
+    )
+    prompts: Optional[Annotated[list[str], Field(min_length=1)]] = key(None, "a row of pictures for each caption")
     slerp_to: Optional[Seed] = key(None, "another seed: each row goes from an image of `seed` to one of this seed")
     image: Optional[str] = key(None, "a picture to start from (image-to-image), of the model's size")
     strength: Annotated[float, Field(gt=0.0, le=1.0)] = key(
@@ -200,6 +238,7 @@ class Config(Section):
     data: Data = Data()
     vae: Vae = Vae()
     encodings: Encodings = Encodings()
+    text: Text = Text()
     diffusion: Diffusion = Diffusion()
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
@@ -233,7 +272,19 @@ class Config(Section):
             raise ValueError(
                 f"sampling.steps {self.sampling.steps} is more than diffusion.timesteps {self.diffusion.timesteps}"
             )
+        if self.diffusion.condition == "text" and self.text.encoder == "none":
+            raise ValueError("diffusion.condition=text needs text.encoder=clip or words")
+        if self.diffusion.condition == "text" and not self.diffusion.cross_attention:
+            raise ValueError(
+                "diffusion.condition=text needs diffusion.cross_attention, the latent widths that attend to the caption"
+            )
         s = self.sampling
+        if s.labels is not None and s.prompts is not None:
+            raise ValueError("sampling.labels and sampling.prompts exclude each other")
+        if s.guidance_interval is not None and not s.guidance_interval[0] < s.guidance_interval[1]:
+            raise ValueError(
+                f"sampling.guidance_interval goes from a lower to a higher sigma/alpha, not {s.guidance_interval}"
+            )
         if s.mask is not None and s.image is None:
             raise ValueError("sampling.mask needs a sampling.image")
         if s.slerp_to is not None and s.image is not None:

@@ -1,7 +1,8 @@
 """Stage 2: VAE -> runs/<name>/encodings.pt.
 
 Encodes every training and held-out image to its posterior mean, the mirrored image too where data.flip is on, measures
-the normaliser and stores all with labels, captions and fingerprints. Does nothing where the file is up to date.
+the normaliser and stores all with labels, captions, their embeddings where text.encoder is clip, and fingerprints. Does
+nothing where the file is up to date.
 """
 
 import cli
@@ -16,8 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts import build, fingerprint, load_weights, require_space
+from clip import ClipText
 from config import Config, UserError
-from data import Encodings, PixelBatches, load_images
+from data import PixelBatches, load_images
+from latent_cache import CaptionEmbeddings, Encodings
 from models.latents import Normaliser
 from models.vae import VAE
 from sources import HELD_OUT, TRAIN
@@ -49,9 +52,13 @@ def encode(config: Config, dry_run: bool) -> None:
         f"encodings: {len(rows[TRAIN]):,} training images{' and their mirrors' if config.data.flip else ''}, {len(rows[HELD_OUT]):,} held out, "
         f"{side}x{side}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}\nfiles: {path} ({stored * per_image / 1e6:,.0f} MB)"
     )
-    if is_current(path, vae_fingerprint, images.fingerprint, config):
+    captions = {split: [images.captions[i] for i in rows[split]] if images.captions is not None else None for split in rows}
+    if is_current(path, vae_fingerprint, images.fingerprint, captions, config):
         print(f"{path}: up to date")
         return
+    encoder = ClipText(config.text.model, device) if config.text.encoder == "clip" and images.captions is not None else None
+    if encoder:
+        print(f"captions: {sum(map(len, images.captions)):,} through {encoder.model}")
     if dry_run:
         return
 
@@ -78,7 +85,11 @@ def encode(config: Config, dry_run: bool) -> None:
     except ValueError as error:
         raise UserError(f"{vae_path}: {error}") from None
     labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
-    captions = [images.captions[i] for i in rows[TRAIN]] if images.captions is not None else None
+    text = (
+        embed(encoder, [text for split in rows for texts in captions[split] for text in texts], s.batch_size)
+        if encoder
+        else None
+    )
     Encodings(
         mean,
         flipped,
@@ -87,7 +98,9 @@ def encode(config: Config, dry_run: bool) -> None:
         labels[TRAIN],
         labels[HELD_OUT],
         images.label_names,
-        captions,
+        captions[TRAIN],
+        captions[HELD_OUT],
+        text,
         vae_fingerprint,
         images.fingerprint,
     ).save(path)
@@ -95,13 +108,30 @@ def encode(config: Config, dry_run: bool) -> None:
     print(f"done: {path}")
 
 
-def is_current(path: Path, vae_fingerprint: str, data_fingerprint: str, config: Config) -> bool:
+def embed(encoder: ClipText, captions: list[str], batch_size: int) -> CaptionEmbeddings:
+    """Embeddings of all captions, and of the empty one behind them."""
+    captions, embeddings = [*captions, ""], []
+    # By length, so that little of a batch is padding.
+    order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+    with tqdm(total=len(captions), desc="embedding captions", unit="caption") as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            embeddings += [e.half() for e in encoder.encode([captions[i] for i in part])]
+            bar.update(len(part))
+    if encoder.cut:
+        print(f"note: {encoder.cut:,} captions are longer than {encoder.longest} tokens and were cut")
+    place = {i: n for n, i in enumerate(order)}
+    return CaptionEmbeddings.of(encoder.model, [embeddings[place[i]] for i in range(len(captions))])
+
+
+def is_current(path: Path, vae_fingerprint: str, data_fingerprint: str, captions: dict, config: Config) -> bool:
     """Does the file hold what this run would write? A damaged one does not."""
     try:
         there = Encodings.load(path)
     except UserError:
         return False
     fits = there.vae_fingerprint == vae_fingerprint and there.data_fingerprint == data_fingerprint
+    fits = fits and (there.captions, there.held_out_captions) == (captions[TRAIN], captions[HELD_OUT])
     return fits and not there.differences(config)
 
 

@@ -1,4 +1,4 @@
-"""Pixels and latents for training: sources are decoded once into a uint8 cache; batches are gathers by index."""
+"""Pixels for training: sources are decoded once into a uint8 cache; batches are gathers by index."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts import fingerprint, load_plain, require_space, save_plain
+from artifacts import require_space
 from config import Config, UserError
-from models.latents import Normaliser
 from sources import HELD_OUT, SOURCES, TRAIN, Source
 
 MAX_DAMAGED = 0.01  # share of unreadable images above which the data is taken to be wrong
 MIN_IMAGES = 8
 BLOCK = 64  # images a worker reads at a time
+CACHE_VERSION = 2  # of what a cache holds: an older one is made anew
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Images:
     split: np.ndarray  # (N,) TRAIN, HELD_OUT or TEST
     labels: np.ndarray | None  # (N, K) int64
     label_names: dict[str, list[str]]
-    captions: list[str] | None
+    captions: list[list[str]] | None  # of each image, at least one
     fingerprint: str  # of pixels, split and labels
 
     def rows(self, split: int, at_most: int | None = None) -> np.ndarray:
@@ -67,7 +67,7 @@ def find_images(config: Config) -> Found:
     if split is None or not (split == HELD_OUT).any():
         by_name = split_by_name(source.names, data.holdout)
         split = by_name if split is None else np.where(split == TRAIN, by_name, split)
-    key = json.dumps([data.source, data.image_size, data.crop, data.limit, data.holdout, source.key])
+    key = json.dumps([data.source, data.image_size, data.crop, data.limit, data.holdout, source.key, CACHE_VERSION])
     folder = (
         Path(config.runs_dir) / "cache" / f"{data.source}{data.image_size}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     )
@@ -220,59 +220,3 @@ class PixelBatches:
         """Images (B, 3, H, W) at positions among the rows."""
         pixels = self.pixels[self.rows[indices].to(self.pixels.device, non_blocking=True)]
         return to_float(pixels.to(self.device, non_blocking=True))
-
-
-# Encodings
-
-
-@dataclass
-class Encodings:
-    """What stage 2 hands to stage 3: VAE means of training and held-out images, their normaliser, and where they come from."""
-
-    mean: Tensor  # (N, C, h, w) as stored
-    mean_flipped: Tensor | None  # the encodings of the mirrored images, not mirrored latents
-    held_out: Tensor  # (M, C, h, w)
-    normaliser: Normaliser
-    labels: Tensor | None  # (N, K)
-    held_out_labels: Tensor | None
-    label_names: dict[str, list[str]]
-    captions: list[str] | None
-    vae_fingerprint: str
-    data_fingerprint: str
-
-    def differences(self, config: Config) -> list[str]:
-        """What of config.encodings and config.data.flip these encodings were not made with."""
-        kind = "global" if (self.normaliser.shift == 0).all() else "per_channel"
-        made_with = {
-            "encodings.normalise": (kind, config.encodings.normalise),
-            "encodings.dtype": (str(self.mean.dtype).removeprefix("torch."), config.encodings.dtype),
-            "data.flip": (self.mean_flipped is not None, config.data.flip),
-        }
-        return [f"{name} was {was}, now {now}" for name, (was, now) in made_with.items() if was != now]
-
-    @property
-    def fingerprint(self) -> str:
-        """What a U-Net's world is made of: the VAE, the images, and how latents are scaled."""
-        return f"{self.vae_fingerprint}-{self.data_fingerprint}-{fingerprint(self.normaliser.state_dict())}"
-
-    def save(self, path: Path) -> None:
-        content = {k: v for k, v in vars(self).items() if k != "normaliser" and v is not None}
-        save_plain(path, {"kind": "encodings", **content, **self.normaliser.state_dict("normaliser.")})
-
-    @classmethod
-    def load(cls, path: Path) -> "Encodings":
-        """Raises UserError for a missing, damaged or foreign file."""
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: run create_encodings.py first")
-        content = load_plain(path, "run create_encodings.py again after removing it", mmap=True)
-        if content.pop("kind", None) != "encodings":
-            raise UserError(f"{path} holds no encodings: run create_encodings.py")
-        try:
-            normaliser = Normaliser.from_state_dict(content, "normaliser.")
-            fields = {k: v for k, v in content.items() if not k.startswith("normaliser.")}
-            optional = {k: fields.get(k) for k in ("mean_flipped", "labels", "held_out_labels", "captions")}
-            return cls(normaliser=normaliser, **{**fields, **optional})
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is not as this version writes it ({error}): run create_encodings.py again after removing it"
-            ) from None

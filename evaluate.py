@@ -15,7 +15,7 @@ from pathlib import Path
 import sampler_bench
 from artifacts import require_space
 from config import Config, UserError
-from data import Encodings
+from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion
 from training import hardware, parameters_of, pick_device, pick_precision
 

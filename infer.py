@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from artifacts import require_space
 from calibration import Moments, advice, calibration
+from conditions import requested
 from config import Config, Sampling, UserError
 from data import to_uint8
 from latent_diffusion import LatentDiffusion
@@ -37,11 +38,13 @@ def infer(config: Config, dry_run: bool) -> None:
     model = LatentDiffusion(config, device, dtype)
     header, schedule, normaliser = model.header, model.schedule, model.normaliser
     given = Given.load(s, model) if s.image else None
-    count = s.images or s.rows * s.cols
-    name = f"{config.name}_{config.diffusion_name}_{s.sampler}_{s.rows}x{s.cols}{suffix(s)}"
+    requests = requested(s, model.unet.conditioner, device)
+    rows = len(requests) if requests.titles else s.rows  # a row of pictures for each request
+    count = s.images or rows * s.cols
+    name = f"{config.name}_{config.diffusion_name}_{s.sampler}_{rows}x{s.cols}{suffix(s)}"
     results = Path(config.results_dir)
     image_bytes = 3 * model.image_size**2
-    require_space(results, (s.rows * s.cols + (count if s.single_files else 0)) * image_bytes)
+    require_space(results, (rows * s.cols + (count if s.single_files else 0)) * image_bytes)
     strength = s.strength if given else 1.0
     try:
         walked = len(timesteps(schedule, s.steps, s.spacing, s.sigma_max, strength))
@@ -55,47 +58,63 @@ def infer(config: Config, dry_run: bool) -> None:
         + (f", {name}_strip.png and .gif" if s.strip else "")
         + (f", {name}/000000.png …" if s.single_files else "")
     )
+    for line in requests.warnings:
+        print(line)
     if dry_run:
         return
 
     threshold = model.threshold(s.x0_clamp)
     options = model.options(s) | {"x0_range": threshold, "strength": strength}
-    denoise = model.denoiser()
     moments, out_of_range, shown = Moments(model.shape[0]), 0, []
     started = time.monotonic()
     network_calls = evaluations(s.sampler, walked)
     framed = set(np.linspace(0, network_calls - 1, s.strip).round().astype(int).tolist())  # evaluations shown in the strip
-    frames: list[Tensor] = []  # z0_hat of the first images, (STRIP_IMAGES, C, h, w) each
+    strip = [row * s.cols for row in range(rows)] if requests.titles else list(range(min(count, STRIP_IMAGES)))  # its images
+    frames: dict[int, list[Tensor]] = {
+        i: [] for i in strip if i < count
+    }  # image -> its z0_hat (C, h, w), from noise to picture
     with tqdm(total=count * network_calls, unit="eval", desc="sampling") as bar:
-
-        def progress(i: int, _t: int, z_t: Tensor, z0: Tensor) -> None:
-            bar.update(len(z_t))
-            if i in framed and len(frames) < len(framed):  # of the first batch only
-                frames.append(z0[:STRIP_IMAGES])
-
         for start in range(0, count, s.batch_size):
             indices = range(start, min(start + s.batch_size, count))
+
+            def progress(evaluation: int, _t: int, z_t: Tensor, z0: Tensor, indices=indices) -> None:
+                bar.update(len(z_t))
+                if evaluation in framed:
+                    for i in frames.keys() & set(indices):
+                        frames[i].append(z0[i - indices[0]])
+
             noise, generators = noise_of(s, indices, model.shape, device)
+            raw = requests.take([i // s.cols % len(requests) for i in indices]) if requests.raw else None
             if given:
                 options |= {"start": given.latent.expand_as(noise), "mask": given.latent_mask}
-            z = sample(denoise, noise, schedule, s.sampler, s.steps, **options, generator=generators, callback=progress)
+            z = sample(
+                model.denoiser(s, raw),
+                noise,
+                schedule,
+                s.sampler,
+                s.steps,
+                **options,
+                generator=generators,
+                callback=progress,
+            )
             moments.add(z)
             images = model.decode(z)
             out_of_range += int((images.abs() > 1).sum())
             pixels = to_uint8(images)
             if given:
                 pixels = given.keep(pixels)
-            if start < s.rows * s.cols:
+            if start < rows * s.cols:
                 shown.append(pixels)
             if s.single_files:
                 for i, picture in zip(indices, pixels):
                     save_png(grid(picture[None], 1), results / name / f"{i:06d}.png")
     seconds = time.monotonic() - started
-    if frames:
-        frames = [torch.from_numpy(to_uint8(model.decode(z0))) for z0 in frames]
-        rows = torch.stack(frames, dim=1).flatten(0, 1).numpy()  # image by image, its frames from noise to picture
-        save_png(grid(rows, len(frames)), results / f"{name}_strip.png")
-        save_gif([grid(frame.numpy(), len(frame)) for frame in frames], results / f"{name}_strip.gif")
+    if s.strip:
+        pictures = [to_uint8(model.decode(torch.stack(of_image))) for of_image in frames.values()]
+        save_png(grid(np.concatenate(pictures), len(framed), titles=requests.titles), results / f"{name}_strip.png")
+        cols = 1 if requests.titles else len(pictures)
+        moving = [grid(np.stack(frame), cols, titles=requests.titles) for frame in zip(*pictures)]
+        save_gif(moving, results / f"{name}_strip.gif")
 
     figures = calibration(moments, normaliser, threshold, out_of_range / (count * image_bytes))
     settings = {
@@ -104,26 +123,29 @@ def infer(config: Config, dry_run: bool) -> None:
         "commit": commit(),
         "hardware": hardware(device),
         "config": config.model_dump(),
+        "asked": requests.titles,
         "model": {k: v for k, v in header.items() if k != "settings"},
         "calibration": figures,
         "seconds": round(seconds, 1),
     }
     path = results / f"{name}.png"
-    save_png(grid(np.concatenate(shown)[: s.rows * s.cols], s.cols), path, settings)
+    save_png(grid(np.concatenate(shown)[: rows * s.cols], s.cols, titles=requests.titles), path, settings)
     print(
         f"calibration: generated/training std {figures['std_ratio']:.3f} overall, {figures['worst_channel_ratio']:.3f} in the worst channel "
         f"({figures['worst_channel']}); {figures['clamped']:.2%} of clean estimates clamped; {figures['out_of_range']:.2%} of pixels out of range"
     )
-    for line in [] if given else advice(figures, s):  # variations of one picture need not spread like all of them
+    # Variations of one picture, and guided ones, need not spread like all of them.
+    for line in [] if given or s.guidance != 1 else advice(figures, s):
         print(line)
     print(f"done: {path}, {count:,} images in {seconds:.1f} s")
 
 
 def suffix(s: Sampling) -> str:
     """What sets this grid apart in its file name from the plain one of the same model."""
+    start = f"_slerp{s.seed}to{s.slerp_to}" if s.slerp_to is not None else ""
     if s.image:
-        return f"_{'inpaint' if s.mask else 'from'}_{Path(s.image).stem}"
-    return f"_slerp{s.seed}to{s.slerp_to}" if s.slerp_to is not None else ""
+        start = f"_{'inpaint' if s.mask else 'from'}_{Path(s.image).stem}"
+    return start + (f"_w{s.guidance:g}" if s.guidance != 1 else "")
 
 
 def commit() -> str:

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from artifacts import build, fingerprint, load_weights
 from config import Config, Sampling, UserError
-from data import Encodings
+from latent_cache import Encodings
+from models.conditioning import Raw
 from models.latents import Normaliser
 from models.schedules import make_schedule
 from models.unet import UNet
 from models.vae import VAE
-from sampling import Denoise, Threshold, make_denoiser
+from sampling import Denoise, Threshold, guided, make_denoiser
 from training import autocast
 
 
@@ -47,12 +48,56 @@ class LatentDiffusion:
         net_tensors = {name: value for name, value in unet_tensors.items() if not name.startswith("normaliser.")}
         self.vae = build(VAE, vae_tensors, vae_header, vae_path).to(device, memory_format=torch.channels_last).eval()
         self.unet = build(UNet, net_tensors, self.header, self.path).to(device, memory_format=torch.channels_last).eval()
+        self.weaker = self._load_weaker(config.sampling)
         self.image_size = vae_header["image_size"]
         settings = self.header["settings"]
         self.shape = (settings["channels"], settings["size"], settings["size"])
 
-    def denoiser(self) -> Denoise:
-        return make_denoiser(self.unet, self.schedule, self.header["prediction"], self.device, self.dtype)
+    def denoiser(self, s: Sampling, raw: Raw | None = None) -> Denoise:
+        """The network under a raw condition (a row per image of the batch) and the guidance of these settings."""
+
+        def of(net: UNet, raw: Raw | None) -> Denoise:
+            return make_denoiser(
+                lambda z_t, t: net(z_t, t, raw), self.schedule, self.header["prediction"], self.device, self.dtype
+            )
+
+        cond = of(self.unet, raw)
+        if self.weaker is not None:
+            away = of(self.weaker, raw)
+
+            def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                return cond(z_t, t), away(z_t, t)
+
+        elif raw is not None:
+            halves = of(self.unet, tuple(torch.cat(pair) for pair in zip(raw, self.unet.conditioner.null_like(raw))))
+
+            def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                return halves(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
+
+        else:
+            return cond
+        return guided(cond, both, self.schedule, s.guidance, s.guidance_interval, s.guidance_rescale)
+
+    def _load_weaker(self, s: Sampling) -> UNet | None:
+        """The network to guide away from, if sampling.autoguidance names one."""
+        if s.autoguidance is None:
+            if s.guidance != 1 and self.unet.conditioner is None:
+                raise UserError(
+                    f"sampling.guidance={s.guidance:g}: this model is unconditional and has nothing to be guided by; "
+                    f"name a weaker one with sampling.autoguidance (diffusion.snapshot_every keeps them), or set it to 1"
+                )
+            return None
+        path = Path(s.autoguidance)
+        tensors, header = load_weights(path, "unet", "train_diffusion.py with diffusion.snapshot_every")
+        for key in ("encodings_fingerprint", "schedule", "timesteps", "prediction"):
+            if header[key] != self.header[key]:
+                raise UserError(
+                    f"sampling.autoguidance: {path} has {key} {header[key]}, {self.path} {self.header[key]}: they must agree"
+                )
+        if header["settings"].get("conditioning") != self.header["settings"].get("conditioning"):
+            raise UserError(f"sampling.autoguidance: {path} is conditioned otherwise than {self.path}")
+        net_tensors = {name: value for name, value in tensors.items() if not name.startswith("normaliser.")}
+        return build(UNet, net_tensors, header, path).to(self.device, memory_format=torch.channels_last).eval()
 
     def threshold(self, x0_clamp: str | float) -> Threshold | None:
         """The bound on clean estimates that sampling.x0_clamp asks for."""

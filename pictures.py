@@ -1,23 +1,33 @@
 """Pictures for people: grids of images as PNG with their settings inside, and curves of a run."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from artifacts import write_atomically
 
+TITLE_SIZE, TITLE_LINE, TITLE_ADVANCE = 11, 14, 6  # pixels: of a letter, of a line, of a letter's step to the right at most
 
-def grid(images: np.ndarray, cols: int, gap: int = 2) -> Image.Image:
-    """uint8 (N, H, W, 3) -> one picture, row by row, `cols` to a row, with a white gap between."""
+
+def grid(images: np.ndarray, cols: int, gap: int = 2, titles: list[str] = ()) -> Image.Image:
+    """uint8 (N, H, W, 3) -> one picture, row by row, `cols` to a row, with a white gap between; a title above each row."""
     n, h, w, _ = images.shape
-    rows = -(-n // cols)
-    canvas = np.full((rows * (h + gap) - gap, cols * (w + gap) - gap, 3), 255, dtype=np.uint8)
+    rows, width = -(-n // cols), cols * (w + gap) - gap
+    wrapped = [textwrap.wrap(title, max(8, width // TITLE_ADVANCE)) or [""] for title in titles]
+    band = TITLE_LINE * max(map(len, wrapped), default=0)
+    canvas = Image.new("RGB", (width, rows * (band + h + gap) - gap), "white")
     for i, image in enumerate(images):
-        top, left = (i // cols) * (h + gap), (i % cols) * (w + gap)
-        canvas[top : top + h, left : left + w] = image
-    return Image.fromarray(canvas)
+        canvas.paste(Image.fromarray(image), ((i % cols) * (w + gap), band + (i // cols) * (band + h + gap)))
+    draw = ImageDraw.Draw(canvas)
+    for row, lines in enumerate(wrapped[:rows]):
+        top = row * (band + h + gap) + band - TITLE_LINE * len(lines)
+        draw.multiline_text(
+            (1, top), "\n".join(lines), "black", ImageFont.load_default(TITLE_SIZE), spacing=TITLE_LINE - TITLE_SIZE
+        )
+    return canvas
 
 
 def pairs(above: np.ndarray, below: np.ndarray, cols: int = 8) -> Image.Image:

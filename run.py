@@ -19,7 +19,7 @@ from pictures import plot_curves, save_png
 from training import EMA, learning_rate
 
 # What may differ when a run is resumed; everything else would make it another experiment.
-MAY_CHANGE = ("steps", "max_minutes", "log_every", "eval_every", "save_minutes", "sample_images", "name")
+MAY_CHANGE = ("steps", "max_minutes", "log_every", "eval_every", "save_minutes", "snapshot_every", "sample_images", "name")
 
 
 def experiment_of(config: Config, section: str, **fingerprints: str) -> dict:
@@ -210,19 +210,22 @@ class Run:
         self._check_finite()
         state = dict(kind="state", experiment=json.dumps(self.experiment), step=self.step, minutes=self.minutes,
                      net=self.net.state_dict(), ema=self.ema.net.state_dict(), optimizer=self.optimizer.state_dict())  # fmt: skip
-        header = {
-            **self.header,
-            "step": self.step,
-            "steps": self.settings.steps,
-            "minutes": self.minutes,
-            "complete": self.complete,
-        }
         with contextlib.nullcontext() if self.over else _surviving_a_full_disk(f"the state of step {self.step}"):
             # In this order: cut off between the two, a resumed run makes the same weights again.
-            save_weights(self.weights, {**self.ema.net.state_dict(), **self.extra}, header)
+            self._save_weights(self.weights)
             save_plain(self.folder / "state.pt", state)
         self._saved_at = time.monotonic()
         self._restart_stopwatch()
+
+    def snapshot(self) -> None:
+        """Keep the weights of this step in snapshots/."""
+        with _surviving_a_full_disk("a snapshot"):
+            self._save_weights(self.folder / "snapshots" / f"step_{self.step:07d}.safetensors")
+        self._restart_stopwatch()
+
+    def _save_weights(self, path: Path) -> None:
+        progress = {"step": self.step, "steps": self.settings.steps, "minutes": self.minutes, "complete": self.complete}
+        save_weights(path, {**self.ema.net.state_dict(), **self.extra}, {**self.header, **progress})
 
     def _save_if_stale(self) -> None:
         """A finished run whose weights file is missing, damaged or older than its state: write it again."""
@@ -240,7 +243,13 @@ class Run:
         remedy = f"remove {path} to start anew"
         state = load_plain(path, remedy)
         try:
-            differing = _differences(json.loads(state["experiment"]), json.loads(json.dumps(self.experiment)))
+            before = json.loads(state["experiment"])
+            for section in before.keys() & {
+                "vae",
+                "diffusion",
+            }:  # a setting that is newer than the state had its default then
+                before[section] = {**type(self.settings)().model_dump(), **before[section]}
+            differing = _differences(before, json.loads(json.dumps(self.experiment)))
             if not differing:
                 self.net.load_state_dict(state["net"])
                 self.ema.net.load_state_dict(state["ema"])

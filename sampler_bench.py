@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from artifacts import write_atomically
 from calibration import Moments
+from conditions import requested
 from config import Config
-from data import Encodings
+from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion
 from sampling import evaluations, image_generators, randn, sample, timesteps
 
@@ -42,13 +43,14 @@ def bench(config: Config, model: LatentDiffusion, encodings: Encodings) -> tuple
     noises = [(start, min(start + e.batch_size, e.images)) for start in range(0, e.images, e.batch_size)]
 
     def generate(sampler: str, steps: int, bar: tqdm) -> Tensor:
-        z, denoise = [], model.denoiser()
+        z, requests = [], requested(s, model.unet.conditioner, model.device)
         for start, stop in noises:
             generators = image_generators(s.seed, range(start, stop), "cpu")
             noise = randn((stop - start, *model.shape), generators, model.device)
+            raw = requests.take([i % max(1, len(requests)) for i in range(start, stop)])
             z.append(
                 sample(
-                    denoise, noise, model.schedule, sampler, steps, **model.options(s) | {"clean_steps": 0},
+                    model.denoiser(s, raw), noise, model.schedule, sampler, steps, **model.options(s) | {"clean_steps": 0},
                     x0_range=model.threshold(s.x0_clamp), generator=generators, callback=lambda _i, _t, z_t, _z0: bar.update(len(z_t)),
                 )
             )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
+import captions
 import synthetic_faces
 from artifacts import first_line
 from config import Data, UserError
@@ -35,7 +36,7 @@ class Source:
     split: np.ndarray | None = None  # (N,) TRAIN, HELD_OUT or TEST; None: the source has no split of its own
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)  # attribute -> names of its values, one per column
-    captions: list[str] | None = None
+    captions: list[list[str]] | None = None  # of each picture, at least one
 
 
 # Files in a folder or a zip
@@ -132,7 +133,7 @@ def _reader(files: Files, names: list[str], crop: str, size: int) -> Callable[[l
 
 
 def folder(data: Data, seed: int) -> Source:
-    """Any folder or zip of pictures; class subfolders, where all pictures lie in some, become labels."""
+    """Any folder or zip of pictures; class subfolders, where all pictures lie in some, become labels. Captions beside them."""
     files = Files(data.path)
     names = files.images
     source = Source(
@@ -140,12 +141,40 @@ def folder(data: Data, seed: int) -> Source:
         _reader(files, names, "square" if data.crop == "auto" else data.crop, data.image_size),
         key=[[n, files.stamps[n]] for n in names],
     )
+    _caption(source, *captions.beside(files))
     parents = [Path(n).parent.as_posix() for n in names]
     # A zip often has one folder around everything: what all names share is no class.
     classes = sorted(set(parents))
     if len(classes) > 1 and "." not in classes:
         source.labels = np.array([[classes.index(p)] for p in parents], dtype=np.int64)
         source.label_names = {"class": [Path(c).name for c in classes]}
+    return source
+
+
+def _caption(source: Source, texts: dict[str, list[str]], splits: dict[str, int], stamps: list) -> None:
+    """Give the pictures of a source their captions, the empty one where they have none, and the split that comes with them."""
+    if not texts:
+        return
+    source.captions = [texts.get(n) or [""] for n in source.names]
+    source.key = [source.key, stamps]
+    bare = sum(not texts.get(n) for n in source.names)
+    if bare:
+        print(f"note: {bare:,} of {len(source.names):,} pictures have no caption; they train what is drawn without one")
+    if splits:
+        source.split = np.array([splits.get(n, TRAIN) for n in source.names], dtype=np.uint8)
+
+
+def coco(data: Data, seed: int) -> Source:
+    """COCO's captioned pictures as torchvision's CocoCaptions has them: annotations/ beside train2017/ and val2017/, a folder or a zip."""
+    files = Files(data.path)
+    texts, splits, stamps = captions.coco(files)
+    names = [n for n in files.images if n in texts]
+    source = Source(
+        names,
+        _reader(files, names, "square" if data.crop == "auto" else data.crop, data.image_size),
+        key=[[n, files.stamps[n]] for n in names],
+    )
+    _caption(source, texts, splits, stamps)
     return source
 
 
@@ -240,11 +269,11 @@ def portraits(data: Data, seed: int) -> Source:
         split=np.where(indices < data.count, TRAIN, HELD_OUT).astype(np.uint8),
         labels=synthetic_faces.labels(seed, indices),
         label_names={name: list(values) for name, values in synthetic_faces.ATTRIBUTES.items()},
-        captions=synthetic_faces.captions(seed, indices),
+        captions=[[caption] for caption in synthetic_faces.captions(seed, indices)],
     )
 
 
-SOURCES = {"synthetic_faces": portraits, "folder": folder, "celeba": celeba, "cifar10": cifar10}
+SOURCES = {"synthetic_faces": portraits, "folder": folder, "celeba": celeba, "cifar10": cifar10, "coco": coco}
 
 
 def _download(dataset: str, root: str | None, **options) -> None:

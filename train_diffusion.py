@@ -12,9 +12,12 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+import conditions
 from artifacts import build, fingerprint, load_weights, require_space
 from config import Config, Diffusion, UserError
-from data import Encodings, Shuffle, spread, to_uint8
+from data import Shuffle, spread, to_uint8
+from latent_cache import Encodings
+from models.conditioning import Raw
 from models.schedules import Schedule, make_schedule, min_snr_weight, target
 from models.unet import UNet
 from models.vae import VAE
@@ -44,11 +47,15 @@ def train(config: Config, dry_run: bool) -> None:
         )
     n, channels, size, _ = encodings.mean.shape
     schedule = make_schedule(s.schedule, s.timesteps)
+    conditioning = conditions.settings_for(config, encodings)
     torch.manual_seed(config.seed)
     try:
-        unet = UNet(channels, size, s.widths, s.blocks, s.attention, s.head_channels, s.dropout)
+        unet = UNet(
+            channels, size, s.widths, s.blocks, s.attention, s.head_channels, s.dropout,
+            conditioning, s.cross_attention, s.bottleneck, s.bottleneck_blocks,
+        )  # fmt: skip
     except ValueError as error:
-        raise UserError(f"diffusion.widths: {error}") from None
+        raise UserError(f"diffusion: {error}") from None
     unet = unet.to(device, memory_format=torch.channels_last)
     require_space(folder, STATE_BYTES * parameters_of(unet))
     require_memory(device, TRAINING_BYTES * parameters_of(unet) + 4 * encodings.mean.numel())
@@ -56,7 +63,9 @@ def train(config: Config, dry_run: bool) -> None:
     print(
         f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters on {size}x{size}x{channels} latents, on {device} in {str(dtype)[6:]}\n"
         f"latents: {n:,} for training{' and their mirrors' if encodings.mean_flipped is not None else ''}, {len(encodings.held_out):,} held out\n"
-        f"{s.schedule} schedule, T = {s.timesteps}, predicts {s.prediction}, weighting {s.weighting}\n"
+        f"{s.schedule} schedule, T = {s.timesteps}, predicts {s.prediction}, weighting {s.weighting}"
+        + (f", {conditions.as_text(unet.conditioner)}" if conditioning else "")
+        + "\n"
         f"steps: {s.steps:,} of {s.batch_size} latents"
         + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "")
         + "\n"
@@ -71,8 +80,16 @@ def train(config: Config, dry_run: bool) -> None:
     latents = latents.to(device)
     order = Shuffle(n, config.seed)
     alphas, sigmas = schedule.tables(device)
-    held_out = normaliser.normalise(spread(encodings.held_out, EVAL_LATENTS).to(device))
-    experiment = experiment_of(config, "diffusion", encodings_fingerprint=encodings.fingerprint)
+    shown = spread(torch.arange(len(encodings.held_out)), EVAL_LATENTS)
+    held_out = normaliser.normalise(encodings.held_out[shown].to(device))
+    of_train, held_out_raw, fingerprints = None, None, {"encodings_fingerprint": encodings.fingerprint}
+    if conditioning:
+        of_train, of_held_out = conditions.of_images(unet.conditioner, encodings, device)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same captions every time
+            held_out_raw = of_held_out.take(shown.to(device))
+        fingerprints |= {"conditions": of_train.fingerprint, "conditioning": conditioning}
+    experiment = experiment_of(config, "diffusion", **fingerprints)
 
     header = dict(
         kind="unet", settings=unet.settings, schedule=s.schedule, timesteps=s.timesteps, prediction=s.prediction, ema=s.ema,
@@ -88,15 +105,17 @@ def train(config: Config, dry_run: bool) -> None:
             if run.due(s.log_every):
                 run.report()
             if run.due(s.eval_every):
-                losses = held_out_losses(run.ema.net, held_out, schedule, s, dtype)
+                losses = held_out_losses(run.ema.net, held_out, held_out_raw, schedule, s, dtype)
                 run.log(
                     {"held_out/loss": sum(losses) / BINS, **{f"held_out/loss_bin{b}": loss for b, loss in enumerate(losses)}}
                 )
                 run.say(
                     f"held-out loss {sum(losses) / BINS:.4f}, by timestep bin " + " ".join(f"{loss:.3f}" for loss in losses)
                 )
-                picture = sample_picture(run.ema.net, vae, normaliser, schedule, s, dtype)
+                picture = sample_picture(run.ema.net, held_out_raw, vae, normaliser, schedule, s, dtype)
                 run.picture("samples", picture, f"samples/step_{run.step:07d}.png")
+            if s.snapshot_every and run.due(s.snapshot_every):
+                run.snapshot()
             if run.save_due():
                 run.save()
             if run.over:
@@ -104,13 +123,14 @@ def train(config: Config, dry_run: bool) -> None:
 
             run.seed_step()
             rows = order.take(run.images_seen, s.batch_size).to(device, non_blocking=True)
+            raw = unet.conditioner.drop(of_train.take(rows), s.cfg_dropout) if of_train else None
             if encodings.mean_flipped is not None:
                 rows = rows + n * torch.randint(0, 2, rows.shape, device=device)
             z = normaliser.normalise(latents[rows])  # (B, C, h, w), unit variance
             t = draw_timesteps(s, len(z), device)
             eps = torch.randn_like(z)
             with autocast(device, dtype):
-                loss = diffusion_loss(unet, z, eps, t, alphas, sigmas, s.prediction)  # (B,)
+                loss = diffusion_loss(unet, z, eps, t, alphas, sigmas, s.prediction, raw)  # (B,)
             weight = min_snr_weight(s.prediction, alphas[t], sigmas[t], s.min_snr_gamma) if s.weighting == "min_snr" else 1.0
             run.step_with((weight * loss).mean(), loss, t, unweighted_loss=loss.mean())
     run.stop_if_told()
@@ -124,15 +144,26 @@ def draw_timesteps(s: Diffusion, n: int, device: torch.device) -> Tensor:
     return torch.randint(0, s.timesteps, (n,), device=device)
 
 
-def diffusion_loss(unet: UNet, z: Tensor, eps: Tensor, t: Tensor, alphas: Tensor, sigmas: Tensor, prediction: str) -> Tensor:
+def diffusion_loss(
+    unet: UNet, z: Tensor, eps: Tensor, t: Tensor, alphas: Tensor, sigmas: Tensor, prediction: str, raw: Raw | None = None
+) -> Tensor:
     """Squared error of the prediction, per latent: (B,), unweighted (Ho et al. 2020, eq. 14)."""
     alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
     z_t = (alpha * z + sigma * eps).contiguous(memory_format=torch.channels_last)
-    return (unet(z_t, t) - target(prediction, z, eps, alpha, sigma)).square().mean(dim=(1, 2, 3))
+    return (unet(z_t, t, raw) - target(prediction, z, eps, alpha, sigma)).square().mean(dim=(1, 2, 3))
+
+
+def split(tensors: tuple[Tensor, ...], raw: Raw | None, size: int):
+    """Batches of `size`: (part of each tensor …, the raw conditions that go with them)."""
+    for start in range(0, len(tensors[0]), size):
+        part = slice(start, start + size)
+        yield *(x[part] for x in tensors), [r[part] for r in raw or ()]
 
 
 @torch.no_grad()
-def held_out_losses(unet: UNet, z: Tensor, schedule: Schedule, s: Diffusion, dtype: torch.dtype) -> list[float]:
+def held_out_losses(
+    unet: UNet, z: Tensor, raw: Raw | None, schedule: Schedule, s: Diffusion, dtype: torch.dtype
+) -> list[float]:
     """Unweighted loss in BINS equal ranges of timesteps, at the same noise and timesteps every time."""
     generator = torch.Generator().manual_seed(0)
     alphas, sigmas = schedule.tables(z.device)
@@ -143,22 +174,25 @@ def held_out_losses(unet: UNet, z: Tensor, schedule: Schedule, s: Diffusion, dty
         eps = torch.randn(z.shape, generator=generator).to(z.device)
         with autocast(z.device, dtype):
             parts = [
-                diffusion_loss(unet, *part, alphas, sigmas, s.prediction)
-                for part in zip(*(x.split(s.batch_size) for x in (z, eps, t)))
+                diffusion_loss(unet, *part, alphas, sigmas, s.prediction, tuple(part_raw) or None)
+                for *part, part_raw in split((z, eps, t), raw, s.batch_size)
             ]
         losses.append(float(torch.cat(parts).mean()))
     return losses
 
 
 @torch.no_grad()
-def sample_picture(unet: UNet, vae: VAE, normaliser, schedule: Schedule, s: Diffusion, dtype: torch.dtype):
-    """A grid of samples from the same noise every time: DPM-Solver++(2M), 20 steps, clamped to the measured range."""
+def sample_picture(unet: UNet, raw: Raw | None, vae: VAE, normaliser, schedule: Schedule, s: Diffusion, dtype: torch.dtype):
+    """A grid of samples from the same noise every time: DPM-Solver++(2M), 20 steps, clamped to the measured range; conditioned on
+    what held-out images show, unguided."""
     device = normaliser.scale.device
     shape = (unet.settings["channels"], unet.settings["size"], unet.settings["size"])
-    denoise, images = make_denoiser(unet, schedule, s.prediction, device, dtype), []
+    images = []
     for start in range(0, s.sample_images, s.batch_size):
         indices = range(start, min(start + s.batch_size, s.sample_images))
         noise = randn((len(indices), *shape), image_generators(0, indices, "cpu"), device)
+        theirs = None if raw is None else tuple(r[[i % len(r) for i in indices]] for r in raw)
+        denoise = make_denoiser(lambda z_t, t, raw=theirs: unet(z_t, t, raw), schedule, s.prediction, device, dtype)
         z = sample(denoise, noise, schedule, "dpmpp_2m", min(20, s.timesteps), x0_range=normaliser.range())
         with autocast(device, dtype):
             images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))

@@ -41,6 +41,14 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def heads_of(channels: int, head_channels: int) -> int:
+    """As many heads of at least head_channels as divide the channels evenly."""
+    heads = max(1, channels // head_channels)
+    while channels % heads:
+        heads -= 1
+    return heads
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block; with `emb_dim` its second norm is scaled and shifted by an embedding (B, emb_dim).
 
@@ -69,9 +77,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int = 64):
         super().__init__()
-        self.heads = max(1, channels // head_channels)
-        while channels % self.heads:
-            self.heads -= 1
+        self.heads = heads_of(channels, head_channels)
         self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
@@ -83,6 +89,27 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, H·W, c/heads) each
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         return x + self.out(attended).view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Every position attends to tokens (B, L, token_dim), padding left out by mask (B, L); residual, its projection starting at
+    zero (Rombach et al. 2022, §3.3)."""
+
+    def __init__(self, channels: int, token_dim: int, head_channels: int = 64):
+        super().__init__()
+        self.heads = heads_of(channels, head_channels)
+        self.norm, self.norm_tokens = norm(channels), nn.LayerNorm(token_dim)
+        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(token_dim, 2 * channels)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q = self.q(self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c))
+        q = q.view(b, h * w, self.heads, -1).transpose(1, 2)  # (B, heads, H·W, c/heads)
+        kv = self.kv(self.norm_tokens(tokens)).view(b, tokens.shape[1], 2, self.heads, -1)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, L, c/heads) each
+        attended = F.scaled_dot_product_attention(q.to(v.dtype), k, v, mask[:, None, None, :])
+        return x + self.out(attended.transpose(1, 2).reshape(b, h * w, c)).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):

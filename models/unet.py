@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.conditioning import Raw, make_conditioner
 from models.layers import (
     Attention,
+    CrossAttention,
     Downsample,
     ResBlock,
     Upsample,
@@ -13,13 +15,16 @@ from models.layers import (
     timestep_embedding,
     zero,
 )
+from models.transformer import TransformerBottleneck
 
 
 class UNet(nn.Module):
-    """z_t (B, C, h, w) and timesteps t (B,) -> prediction (B, C, h, w), float32.
+    """z_t (B, C, h, w), timesteps t (B,) and, where it has a conditioner, a raw condition -> prediction (B, C, h, w), float32.
 
-    widths[i] are the channels at level i, where the latent is `size` / 2^i wide; levels whose width is in `attention`
-    have self-attention after every residual block. Raises ValueError if `size` cannot be halved that often.
+    widths[i] are the channels at level i, where the latent is `size` / 2^i wide. After every residual block there is
+    self-attention where that width is in `attention`, and cross-attention to the condition's tokens where it is in
+    `cross_attention`. The middle is two residual blocks around self-attention, or a transformer on the positions.
+    `conditioning` is what `make_conditioner` takes. Raises ValueError for settings that do not fit together.
     """
 
     def __init__(
@@ -31,6 +36,10 @@ class UNet(nn.Module):
         attention: list[int],
         head_channels: int = 64,
         dropout: float = 0.0,
+        conditioning: dict | None = None,
+        cross_attention: list[int] = (),
+        bottleneck: str = "residual",
+        bottleneck_blocks: int = 4,
     ):
         super().__init__()
         self.settings = dict(
@@ -41,18 +50,32 @@ class UNet(nn.Module):
             attention=list(attention),
             head_channels=head_channels,
             dropout=dropout,
+            conditioning=conditioning,
+            cross_attention=list(cross_attention),
+            bottleneck=bottleneck,
+            bottleneck_blocks=bottleneck_blocks,
         )
         if size % 2 ** (len(widths) - 1):
             raise ValueError(f"latents of {size}x{size} cannot be halved {len(widths) - 1} times")
         emb_dim = 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.conditioner = make_conditioner(conditioning, emb_dim) if conditioning else None
+        token_dim = self.conditioner.token_dim if self.conditioner else None
+        sizes = [size >> level for level in range(len(widths))]
+        if token_dim and not set(cross_attention) & set(sizes):
+            raise ValueError(
+                f"cross_attention {list(cross_attention)} names none of the latent's widths in the U-Net, {', '.join(map(str, sizes))}"
+            )
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+
+        def across(width: int, resolution: int) -> list[nn.Module]:
+            return [CrossAttention(width, token_dim, head_channels)] if token_dim and resolution in cross_attention else []
 
         def block(c_in: int, c_out: int, resolution: int) -> nn.ModuleList:
             modules: list[nn.Module] = [ResBlock(c_in, c_out, emb_dim, dropout)]
             if resolution in attention:
                 modules.append(Attention(c_out, head_channels))
-            return nn.ModuleList(modules)
+            return nn.ModuleList(modules + across(c_out, resolution))
 
         # Every output of the way down is kept and joined, last first, on the way up.
         self.down, kept, width = nn.ModuleList(), [widths[0]], widths[0]
@@ -65,13 +88,15 @@ class UNet(nn.Module):
                 width = level_width
                 kept.append(width)
 
-        self.middle = nn.ModuleList(
-            [
-                ResBlock(width, width, emb_dim, dropout),
-                Attention(width, head_channels),
-                ResBlock(width, width, emb_dim, dropout),
-            ]
-        )
+        if bottleneck == "transformer":
+            middle = [TransformerBottleneck(width, sizes[-1], bottleneck_blocks, head_channels, emb_dim)]
+            middle += across(width, sizes[-1])
+        elif bottleneck == "residual":
+            middle = [ResBlock(width, width, emb_dim, dropout), Attention(width, head_channels), *across(width, sizes[-1])]
+            middle += [ResBlock(width, width, emb_dim, dropout)]
+        else:
+            raise ValueError(f"bottleneck {bottleneck!r} does not exist; there are: residual, transformer")
+        self.middle = nn.ModuleList(middle)
 
         self.up = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
@@ -84,21 +109,30 @@ class UNet(nn.Module):
 
         self.norm_out, self.conv_out = norm(width), zero(nn.Conv2d(width, channels, 3, padding=1))
 
-    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, z_t: Tensor, t: Tensor, raw: Raw | None = None) -> Tensor:
         emb = self.time(timestep_embedding(t, self.time[0].in_features))  # (B, emb_dim)
+        tokens = mask = None
+        if self.conditioner is not None:
+            condition = self.conditioner(*raw)
+            emb, tokens, mask = emb + condition.emb, condition.tokens, condition.mask
         h = self.conv_in(z_t)
         skips = [h]
         for modules in self.down:
-            h = run(modules, h, emb)
+            h = run(modules, h, emb, tokens, mask)
             skips.append(h)
-        h = run(self.middle, h, emb)
+        h = run(self.middle, h, emb, tokens, mask)
         for modules in self.up:
-            h = run(modules, torch.cat([h, skips.pop()], dim=1), emb)
+            h = run(modules, torch.cat([h, skips.pop()], dim=1), emb, tokens, mask)
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
-def run(modules: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
-    """Apply modules in order; residual blocks are given the embedding too."""
+def run(modules: nn.ModuleList, h: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Apply modules in order, each with what it needs beside the map."""
     for module in modules:
-        h = module(h, emb) if isinstance(module, ResBlock) else module(h)
+        if isinstance(module, (ResBlock, TransformerBottleneck)):
+            h = module(h, emb)
+        elif isinstance(module, CrossAttention):
+            h = module(h, tokens, mask)
+        else:
+            h = module(h)
     return h

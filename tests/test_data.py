@@ -13,7 +13,6 @@ from PIL import Image
 import data as data_module
 from config import UserError, load_config
 from data import (
-    Encodings,
     PixelBatches,
     Shuffle,
     load_images,
@@ -21,6 +20,7 @@ from data import (
     to_float,
     to_uint8,
 )
+from latent_cache import Encodings
 from sources import HELD_OUT, TEST, TRAIN, crop_and_resize, decode
 
 

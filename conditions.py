@@ -1,0 +1,198 @@
+"""Where conditions come from: the labels and captions of the training images, and what the user asks infer.py for."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from clip import ClipText
+from config import Config, Sampling, UserError
+from latent_cache import CaptionEmbeddings, Encodings
+from models.conditioning import Conditioner, Labels, Raw, Text, Words, words_of
+
+RARE = 2  # words that fewer training captions hold are unknown words
+MOST_WORDS = 10_000
+
+
+@dataclass
+class Conditions:
+    """The raw conditions of a set of images; `fingerprint` says what they were made of."""
+
+    count: int
+    take: Callable[[Tensor], Raw]  # indices of images (B,) -> their raw conditions, one caption of each drawn by chance
+    fingerprint: str = ""
+
+
+# Of the training and the held-out images
+
+
+def settings_for(config: Config, encodings: Encodings) -> dict | None:
+    """What `make_conditioner` is to build for this experiment. Raises UserError where the data lacks what is asked for."""
+    s, path = config.diffusion, config.run_dir / "encodings.pt"
+    if s.condition == "none":
+        return None
+    if s.condition == "class":
+        if encodings.labels is None:
+            raise UserError(f"diffusion.condition=class: the images of {path} have no labels")
+        names = encodings.label_names
+        unknown = [name for name in s.labels or [] if name not in names]
+        if unknown:
+            raise UserError(f"diffusion.labels: {unknown[0]!r} is not among the labels of {path}: {', '.join(names)}")
+        return {"kind": "labels", "names": {name: names[name] for name in s.labels or names}}
+    if encodings.captions is None:
+        raise UserError(f"diffusion.condition=text: the images of {path} have no captions")
+    if config.text.encoder == "words":
+        vocabulary = vocabulary_of(encodings.captions)
+        return dict(kind="words", vocabulary=vocabulary, width=config.text.width, layers=config.text.layers, max_words=config.text.max_words)  # fmt: skip
+    embeddings = encodings.text
+    return dict(kind="text", model=embeddings.model, token_dim=embeddings.width, null_length=len(embeddings.null()))
+
+
+def vocabulary_of(captions: list[list[str]]) -> list[str]:
+    """The words that occur in at least RARE captions, in the order of the alphabet; the most frequent MOST_WORDS of them."""
+    counts: dict[str, int] = {}
+    for texts in captions:
+        for text in texts:
+            for word in set(words_of(text)):
+                counts[word] = counts.get(word, 0) + 1
+    kept = sorted((word for word, n in counts.items() if n >= RARE), key=lambda word: (-counts[word], word))
+    return sorted(kept[:MOST_WORDS])
+
+
+def of_images(conditioner: Conditioner, encodings: Encodings, device: torch.device) -> tuple[Conditions, Conditions]:
+    """Conditions of the training and of the held-out images, for this conditioner."""
+    if isinstance(conditioner, Labels):
+        columns = [list(encodings.label_names).index(name) for name in conditioner.names]
+        return tuple(_of_labels(labels[:, columns].to(device)) for labels in (encodings.labels, encodings.held_out_labels))
+    if isinstance(conditioner, Words):
+        return tuple(_of_captions(texts, _numbers(conditioner, texts, device), device)
+                     for texts in (encodings.captions, encodings.held_out_captions))  # fmt: skip
+    conditioner.null_tokens.copy_(encodings.text.null())
+    offset, parts = 0, []
+    for texts in (encodings.captions, encodings.held_out_captions):
+        parts.append(_of_captions(texts, lambda i, offset=offset: encodings.text.take(i.cpu() + offset, device), device))
+        offset += sum(map(len, texts))
+    return tuple(parts)
+
+
+def _of_labels(labels: Tensor) -> Conditions:
+    return Conditions(
+        len(labels), lambda rows: (labels[rows],), hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()[:16]
+    )
+
+
+def _numbers(conditioner: Words, texts: list[list[str]], device) -> Callable[[Tensor], Raw]:
+    numbers = conditioner.encode([text for of_image in texts for text in of_image])[0].to(device)
+    longest = max(1, int((numbers != Words.PADDING).sum(dim=1).max()))
+    return lambda captions: (numbers[captions, :longest],)
+
+
+def _of_captions(texts: list[list[str]], look_up: Callable[[Tensor], Raw], device) -> Conditions:
+    counts = torch.tensor([len(of_image) for of_image in texts], device=device)
+    first = counts.cumsum(0) - counts
+
+    def take(rows: Tensor) -> Raw:
+        drawn = (torch.rand(len(rows), device=device) * counts[rows]).long()
+        return look_up(first[rows] + drawn)
+
+    return Conditions(len(texts), take, hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16])
+
+
+# Of the user
+
+
+@dataclass
+class Requests:
+    """What to draw, one entry per row of the grid: titles, and their raw conditions (none for an unconditional model)."""
+
+    titles: list[str]
+    raw: Raw | None
+    warnings: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return 0 if self.raw is None else len(self.raw[0])
+
+    def take(self, rows: list[int]) -> Raw | None:
+        return None if self.raw is None else tuple(r[rows] for r in self.raw)
+
+
+def requested(s: Sampling, conditioner: Conditioner | None, device: torch.device) -> Requests:
+    """Read sampling.labels or sampling.prompts for this model. Raises UserError for what it does not know.
+
+    Without either: every class in turn where there is one kind of label, else the null condition, as an untitled row.
+    """
+    if conditioner is None:
+        if s.labels is not None or s.prompts is not None:
+            key = "labels" if s.labels is not None else "prompts"
+            raise UserError(f"sampling.{key}: this model is unconditional; train one with diffusion.condition={'class' if key == 'labels' else 'text'}")  # fmt: skip
+        return Requests([], None)
+    if isinstance(conditioner, Labels):
+        if s.prompts is not None:
+            raise UserError("sampling.prompts: this model was trained on labels, not on captions; use sampling.labels")
+        return _asked_by_label(s.labels, conditioner, device)
+    if s.labels is not None:
+        raise UserError("sampling.labels: this model was trained on captions, not on labels; use sampling.prompts")
+    prompts = s.prompts if s.prompts is not None else [""]
+    titles = [] if s.prompts is None else prompts
+    if isinstance(conditioner, Words):
+        numbers, unknown = conditioner.encode(prompts)
+        warnings = [f"warning: the model knows no word {word!r}" for word in sorted(unknown)]
+        return Requests(titles, (numbers.to(device),), warnings)
+    encoder = ClipText(conditioner.model, device)
+    embeddings = CaptionEmbeddings.of(conditioner.model, encoder.encode(prompts))
+    warnings = (
+        [f"warning: {encoder.cut} prompts are longer than {encoder.longest} tokens and were cut"] if encoder.cut else []
+    )
+    return Requests(titles, embeddings.take(torch.arange(len(prompts)), device), warnings)
+
+
+def _asked_by_label(asked: list | None, conditioner: Labels, device) -> Requests:
+    names = conditioner.names
+    if asked is None and len(names) == 1:
+        asked = list(range(len(next(iter(names.values())))))
+    if asked is None:
+        return Requests([], (conditioner.null[None].to(device),))
+    rows, titles = [], []
+    for entry in asked:
+        row = conditioner.null.tolist()
+        for name, value in _pairs(entry, names):
+            row[list(names).index(name)] = _index(name, value, names[name])
+        rows.append(row)
+        said = [(name, names[name][v]) for name, v in zip(names, row) if v < len(names[name])]
+        titles.append(", ".join(value if len(names) == 1 else f"{name} {value}" for name, value in said) or "anything")
+    return Requests(titles, (torch.tensor(rows, device=device),))
+
+
+def _pairs(entry, names: dict[str, list[str]]) -> list[tuple[str, object]]:
+    """An entry of sampling.labels as (label, value): 3 or "cat" for a single kind of label, {hat: beanie, glasses: yes} for more."""
+    if isinstance(entry, dict):
+        for name in entry:
+            if name not in names:
+                raise UserError(f"sampling.labels: {name!r} is not a label of this model; there are: {', '.join(names)}")
+        return list(entry.items())
+    if len(names) > 1:
+        raise UserError(f"sampling.labels: {entry!r}: this model has the labels {', '.join(names)}; say which, as in {{{next(iter(names))}: {entry}}}")  # fmt: skip
+    return [(next(iter(names)), entry)]
+
+
+def _index(name: str, value, values: list[str]) -> int:
+    value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value  # YAML reads a bare yes as true
+    if isinstance(value, int) and 0 <= value < len(values):
+        return value
+    if value in values:
+        return values.index(value)
+    known = ", ".join(f"{i} {v}" for i, v in enumerate(values[:20])) + (" …" if len(values) > 20 else "")
+    raise UserError(f"sampling.labels: {name} has no {value!r}; there are: {known}")
+
+
+def as_text(conditioner: Conditioner) -> str:
+    """For the plan of a stage."""
+    if isinstance(conditioner, Labels):
+        return f"conditioned on {', '.join(f'{name} ({len(values)})' for name, values in conditioner.names.items())}"
+    if isinstance(conditioner, Words):
+        return f"conditioned on captions by {len(conditioner.vocabulary):,} words"
+    assert isinstance(conditioner, Text)
+    return f"conditioned on captions by {conditioner.model}"
