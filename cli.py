@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Callable
 
-from config import DEFAULT_CONFIG, Config, UserError, help_text, load_config
+from config import Config, UserError
+from settings import DEFAULT_CONFIG, help_text, load_config
 
 # Large pages for torch's CPU allocations, read when torch is loaded: up to 1.4x the training rate where page faults are dear.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -21,9 +21,9 @@ MOST_WORDS = 10_000
 class Conditions:
     """The raw conditions of a set of images; `fingerprint` says what they were made of."""
 
-    count: int
-    take: Callable[[Tensor], Raw]  # indices of images (B,) -> their raw conditions, one caption of each drawn by chance
-    fingerprint: str = ""
+    # Indices of images (B,), on the CPU -> their raw conditions, on the device; one caption of each is drawn by chance.
+    take: Callable[[Tensor], Raw]
+    fingerprint: str
 
 
 # Of the training and the held-out images
@@ -66,39 +66,45 @@ def of_images(conditioner: Conditioner, encodings: Encodings, device: torch.devi
     """Conditions of the training and of the held-out images, for this conditioner."""
     if isinstance(conditioner, Labels):
         columns = [list(encodings.label_names).index(name) for name in conditioner.names]
-        return tuple(_of_labels(labels[:, columns].to(device)) for labels in (encodings.labels, encodings.held_out_labels))
-    if isinstance(conditioner, Words):
-        return tuple(_of_captions(texts, _numbers(conditioner, texts, device), device)
-                     for texts in (encodings.captions, encodings.held_out_captions))  # fmt: skip
-    conditioner.null_tokens.copy_(encodings.text.null())
-    offset, parts = 0, []
-    for texts in (encodings.captions, encodings.held_out_captions):
-        parts.append(_of_captions(texts, lambda i, offset=offset: encodings.text.take(i.cpu() + offset, device), device))
-        offset += sum(map(len, texts))
-    return tuple(parts)
+        return tuple(_of_labels(labels[:, columns], device) for labels in (encodings.labels, encodings.held_out_labels))
+    captions, first = (encodings.captions, encodings.held_out_captions), 0
+    found = []
+    if isinstance(conditioner, Text):
+        conditioner.null_tokens.copy_(encodings.text.null())
+    for texts in captions:
+        if isinstance(conditioner, Words):
+            look_up = _numbers(conditioner, texts, device)
+        else:
+
+            def look_up(rows: Tensor, first=first) -> Raw:
+                return encodings.text.take(rows + first, device)
+
+        found.append(_of_captions(texts, look_up))
+        first += sum(map(len, texts))
+    return tuple(found)
 
 
-def _of_labels(labels: Tensor) -> Conditions:
-    return Conditions(
-        len(labels), lambda rows: (labels[rows],), hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()[:16]
-    )
+def _of_labels(labels: Tensor, device) -> Conditions:
+    there = labels.to(device)
+    fingerprint = hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return Conditions(lambda rows: (there[rows.to(device, non_blocking=True)],), fingerprint)
 
 
 def _numbers(conditioner: Words, texts: list[list[str]], device) -> Callable[[Tensor], Raw]:
-    numbers = conditioner.encode([text for of_image in texts for text in of_image])[0].to(device)
-    longest = max(1, int((numbers != Words.PADDING).sum(dim=1).max()))
-    return lambda captions: (numbers[captions, :longest],)
+    numbers = conditioner.encode([text for of_image in texts for text in of_image])[0]
+    longest = int((numbers != Words.PADDING).sum(dim=1).max())
+    numbers = numbers[:, :longest].to(device)
+    return lambda rows: (numbers[rows.to(device, non_blocking=True)],)
 
 
-def _of_captions(texts: list[list[str]], look_up: Callable[[Tensor], Raw], device) -> Conditions:
-    counts = torch.tensor([len(of_image) for of_image in texts], device=device)
+def _of_captions(texts: list[list[str]], look_up: Callable[[Tensor], Raw]) -> Conditions:
+    counts = torch.tensor([len(of_image) for of_image in texts])
     first = counts.cumsum(0) - counts
 
     def take(rows: Tensor) -> Raw:
-        drawn = (torch.rand(len(rows), device=device) * counts[rows]).long()
-        return look_up(first[rows] + drawn)
+        return look_up(first[rows] + (torch.rand(len(rows)) * counts[rows]).long())
 
-    return Conditions(len(texts), take, hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16])
+    return Conditions(take, hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16])
 
 
 # Of the user

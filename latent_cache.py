@@ -43,8 +43,8 @@ class CaptionEmbeddings:
         places = torch.arange(self._longest)
         mask = places < self.lengths[captions, None]
         rows = torch.where(mask, self._first[captions, None] + places, 0)
-        tokens = self.values[rows].float() * mask[:, :, None]
-        return tokens.to(device), mask.to(device)
+        tokens = (self.values[rows] * mask[:, :, None]).to(device, non_blocking=True)
+        return tokens.float(), mask.to(device, non_blocking=True)
 
 
 @dataclass

@@ -87,7 +87,7 @@ def train(config: Config, dry_run: bool) -> None:
         of_train, of_held_out = conditions.of_images(unet.conditioner, encodings, device)
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same captions every time
-            held_out_raw = of_held_out.take(shown.to(device))
+            held_out_raw = of_held_out.take(shown)
         fingerprints |= {"conditions": of_train.fingerprint, "conditioning": conditioning}
     experiment = experiment_of(config, "diffusion", **fingerprints)
 
@@ -122,8 +122,9 @@ def train(config: Config, dry_run: bool) -> None:
                 break
 
             run.seed_step()
-            rows = order.take(run.images_seen, s.batch_size).to(device, non_blocking=True)
+            rows = order.take(run.images_seen, s.batch_size)
             raw = unet.conditioner.drop(of_train.take(rows), s.cfg_dropout) if of_train else None
+            rows = rows.to(device, non_blocking=True)
             if encodings.mean_flipped is not None:
                 rows = rows + n * torch.randint(0, 2, rows.shape, device=device)
             z = normaliser.normalise(latents[rows])  # (B, C, h, w), unit variance

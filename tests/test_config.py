@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from config import Config, UserError, help_text, load_config, walk
+from config import Config, UserError
+from settings import help_text, load_config, walk
 
 
 def write(tmp_path, text, name="c.yaml"):

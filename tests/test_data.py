@@ -11,7 +11,7 @@ from conftest import noise_image
 from PIL import Image
 
 import data as data_module
-from config import UserError, load_config
+from config import UserError
 from data import (
     PixelBatches,
     Shuffle,
@@ -21,6 +21,7 @@ from data import (
     to_uint8,
 )
 from latent_cache import Encodings
+from settings import load_config
 from sources import HELD_OUT, TEST, TRAIN, crop_and_resize, decode
 
 

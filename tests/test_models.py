@@ -6,12 +6,12 @@ import pytest
 import torch
 import torchvision.models as zoo
 
-from config import load_config
 from models.latents import Normaliser
 from models.layers import Attention, ResBlock, timestep_embedding
 from models.losses import LPIPS, make_perceptual, perceptual_weights
 from models.unet import UNet
 from models.vae import VAE, Posterior
+from settings import load_config
 from training import EMA, learning_rate, parameters_of
 
 ROOT = __import__("conftest").ROOT

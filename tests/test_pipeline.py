@@ -337,8 +337,8 @@ def test_a_strip_goes_from_noise_to_the_picture(trained, sampler):
 
 def test_calibration_by_hand():
     from calibration import Moments, advice, calibration
-    from config import load_config
     from models.latents import Normaliser
+    from settings import load_config
 
     torch.manual_seed(0)
     train = Normaliser.measure(torch.randn(400, 2, 4, 4), "global")

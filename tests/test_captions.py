@@ -1,0 +1,114 @@
+"""Captions beside pictures: captions.jsonl, .txt files, COCO's annotations; as folders and as zips."""
+
+import json
+import zipfile
+
+import pytest
+from PIL import Image
+
+from config import UserError
+from data import load_images
+from settings import load_config
+from sources import HELD_OUT, TRAIN
+
+
+def settings(tmp_path, path, source="folder"):
+    return load_config(
+        None, [f"runs_dir={tmp_path}/runs", f"data.source={source}", f"data.path={path}", "data.image_size=16"]
+    )
+
+
+def as_zip(folder):
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as file:
+        for item in sorted(folder.rglob("*")):
+            if item.is_file():
+                file.write(item, f"{folder.name}/{item.relative_to(folder)}")
+    return path
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_jsonl(pictures, tmp_path, zipped):
+    lines = [{"file_name": f"{i:02d}.jpg", "captions": [f"number {i}", " again\n" + str(i)], "split": "val" if i == 3 else "train"} for i in range(20)]  # fmt: skip
+    lines[7] = {"file_name": "07.jpg", "text": "seven"}
+    (pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    images = load_images(settings(tmp_path, as_zip(pictures) if zipped else pictures))
+    assert images.captions[2] == ["number 2", "again 2"] and images.captions[7] == ["seven"]
+    assert (images.split == HELD_OUT).sum() == 1 and images.split[3] == HELD_OUT
+
+
+def test_txt_beside_pictures_and_pictures_without(pictures, tmp_path, capsys):
+    for i in range(18):
+        (pictures / f"{i:02d}.txt").write_text(f"number {i}\n\n  twice\n")
+    (pictures / "README.txt").write_text("not a caption")
+    images = load_images(settings(tmp_path, pictures))
+    assert images.captions[4] == ["number 4", "twice"] and images.captions[19] == [""]
+    assert "2 of 20 pictures have no caption" in capsys.readouterr().out
+
+
+def test_a_changed_caption_is_read_again(pictures, tmp_path):
+    for text in ("one", "three"):
+        for i in range(20):
+            (pictures / f"{i:02d}.txt").write_text(text)
+        assert load_images(settings(tmp_path, pictures)).captions[0] == [text]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"file_name": "99.jpg", "captions": ["x"]}', r"captions for 99.jpg \(line 2\), which is not there"),
+    ('{"file_name": "01.jpg", "captions": ["x"]', "line 2: not a file_name with its captions"),
+    ('{"captions": ["x"]}', "line 2: not a file_name with its captions"),
+])  # fmt: skip
+def test_bad_jsonl(pictures, tmp_path, line, message):
+    (pictures / "captions.jsonl").write_text('{"file_name": "00.jpg", "captions": ["a"]}\n' + line)
+    with pytest.raises(UserError, match=message):
+        load_images(settings(tmp_path, pictures))
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """12 training pictures and 3 of validation, as COCO lays them out, with two captions each."""
+    folder = tmp_path / "coco"
+    (folder / "annotations").mkdir(parents=True)
+    for kind, first, count in (("train2017", 1, 12), ("val2017", 50, 3)):
+        (folder / kind).mkdir()
+        names = {i: f"{i:012d}.jpg" for i in range(first, first + count)}
+        for i, name in names.items():
+            Image.new("RGB", (20, 16), (i, i, i)).save(folder / kind / name)
+        annotations = [{"image_id": i, "id": 10 * i + k, "caption": f"picture {i} {k}\n"} for i in names for k in range(2)]
+        images = [{"id": i, "file_name": name, "height": 16, "width": 20} for i, name in names.items()]
+        (folder / "annotations" / f"captions_{kind}.json").write_text(
+            json.dumps({"images": images, "annotations": annotations})
+        )
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_coco_as_torchvision_reads_it(coco, tmp_path, zipped):
+    images = load_images(settings(tmp_path, as_zip(coco) if zipped else coco, "coco"))
+    assert images.captions[0] == ["picture 1 0", "picture 1 1"] and images.captions[13] == ["picture 51 0", "picture 51 1"]
+    assert images.split.tolist() == [TRAIN] * 12 + [HELD_OUT] * 3
+
+
+def test_coco_without_some_pictures(coco, tmp_path, capsys):
+    (coco / "train2017" / f"{5:012d}.jpg").unlink()
+    with pytest.raises(
+        UserError, match="captions_train2017.json has captions for train2017/000000000005.jpg, which is not there"
+    ):
+        load_images(settings(tmp_path, coco, "coco"))
+    for path in (coco / "val2017").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="000000000005"):
+        load_images(settings(tmp_path, coco, "coco"))
+    assert "captions_val2017.json none are there; it is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, message", [("{", "not as COCO writes it"), ('{"images": []}', "not as COCO writes it")])
+def test_damaged_annotations(coco, tmp_path, content, message):
+    (coco / "annotations" / "captions_train2017.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_images(settings(tmp_path, coco, "coco"))
+
+
+def test_no_annotations(pictures, tmp_path):
+    with pytest.raises(UserError, match="no captions_train"):
+        load_images(settings(tmp_path, pictures, "coco"))
