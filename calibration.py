@@ -5,7 +5,6 @@ from torch import Tensor
 
 from config import Sampling
 from models.latents import Normaliser
-from sampling import Threshold
 
 
 class Moments:
@@ -21,6 +20,9 @@ class Moments:
         self.sum += z.sum(dim=(0, 2, 3))
         self.squares += z.square().sum(dim=(0, 2, 3))
 
+    def join(self, other: "Moments") -> None:
+        self.n, self.sum, self.squares = self.n + other.n, self.sum + other.sum, self.squares + other.squares
+
     def std(self) -> Tensor:
         """(C,)"""
         return (self.squares / self.n - (self.sum / self.n) ** 2).clamp(min=0).sqrt()
@@ -30,7 +32,7 @@ class Moments:
         return float((self.squares.mean() / self.n - (self.sum.mean() / self.n) ** 2).clamp(min=0).sqrt())
 
 
-def calibration(moments: Moments, normaliser: Normaliser, threshold: Threshold | None, out_of_range: float) -> dict:
+def calibration(moments: Moments, normaliser: Normaliser, clamped: float, out_of_range: float) -> dict:
     """Generated against training spread; 1 is perfect. The worst channel is the one farthest from 1 by ratio."""
     ratios = moments.std() / normaliser.std.cpu().double().clamp(min=1e-12)
     worst = int(ratios.clamp(min=1e-12).log().abs().argmax())
@@ -38,7 +40,7 @@ def calibration(moments: Moments, normaliser: Normaliser, threshold: Threshold |
         std_ratio=moments.overall_std() / normaliser.overall_std(),
         worst_channel_ratio=float(ratios[worst]),
         worst_channel=worst,
-        clamped=threshold.share if threshold else 0.0,
+        clamped=clamped,
         out_of_range=out_of_range,
     )
 

@@ -3,6 +3,7 @@
 0 done · 1 training diverged · 2 something the user can put right, said in one line · 128+N stopped by signal N
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -15,6 +16,11 @@ from settings import DEFAULT_CONFIG, help_text, load_config
 # Large pages for torch's CPU allocations, read when torch is loaded: up to 1.4x the training rate where page faults are dear.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+
+# Of the processes that torchrun starts, one speaks; read when tqdm is loaded.
+LEADS = os.environ.get("RANK", "0") == "0"
+if not LEADS:
+    os.environ["TQDM_DISABLE"] = "1"
 
 command = ""  # as it was called, for the records of what it makes
 
@@ -49,12 +55,13 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 def answer_early(doc: str) -> None:
     """Answer --help and a wrong config before torch is imported, which takes seconds."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(doc))
+        print(help_text(doc) if LEADS else "")
         sys.exit(0)
     try:
         parse(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if LEADS:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -66,8 +73,13 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     if {"--help", "-h"} & set(argv):
         print(help_text(doc))
         return 0
+    import parallel  # loads torch
+
     try:
-        work(*parse(argv))
+        config, dry_run = parse(argv)
+        parallel.join()
+        with contextlib.nullcontext() if LEADS else contextlib.redirect_stdout(open(os.devnull, "w")):
+            work(config, dry_run)
         return 0
     except UserError as error:
         message, code = f"error: {error}", 2
@@ -84,5 +96,8 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
             f"error: no space left on the disk of {error.filename or 'the run directory'}; what was saved before is whole: free some space and run the same command again",
             2,
         )
-    print(message, file=sys.stderr)
+    finally:
+        parallel.leave()
+    if LEADS or code not in (2, 130):  # what the user can put right is the same for all
+        print(message, file=sys.stderr)
     return code

@@ -67,6 +67,9 @@ class Training(Section):
         None, "end the stage cleanly after this many minutes of training, all runs together"
     )
     batch_size: PositiveInt = key(64, "images per step")
+    micro_batch: Union[Literal["auto"], PositiveInt] = key(
+        "auto", "images per forward and backward pass, gradients being summed; auto: halve until it fits the GPU's memory"
+    )
     lr: PositiveFloat = key(2e-4, "learning rate of AdamW after warm-up")
     lr_decay: Literal["none", "cosine"] = key("none", "cosine: fall to a tenth of lr at the last step, or at max_minutes")
     warmup: Count = key(500, "steps over which lr rises linearly from 0")

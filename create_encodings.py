@@ -2,7 +2,7 @@
 
 Encodes every training and held-out image to its posterior mean, the mirrored image too where data.flip is on, measures
 the normaliser and stores all with labels, captions, their embeddings where text.encoder is clip, and fingerprints. Does
-nothing where the file is up to date.
+nothing where the file is up to date, and goes on where it was interrupted.
 """
 
 import cli
@@ -10,13 +10,15 @@ import cli
 if __name__ == "__main__":
     cli.answer_early(__doc__)
 
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts import build, fingerprint, load_weights, require_space
+import parallel
+from artifacts import build, fingerprint, load_plain, load_weights, require_space, save_plain
 from clip import ClipText
 from config import Config, UserError
 from data import PixelBatches, load_images
@@ -25,6 +27,8 @@ from models.latents import Normaliser
 from models.vae import VAE
 from sources import HELD_OUT, TRAIN
 from training import autocast, pick_device, pick_precision
+
+PART = 8192  # images encoded between two writes
 
 
 def encode(config: Config, dry_run: bool) -> None:
@@ -62,24 +66,47 @@ def encode(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
 
-    def means(split: int, flip: bool, title: str) -> Tensor:
-        batches = PixelBatches(images.pixels, rows[split], device)
-        stored = torch.empty(len(rows[split]), vae.latent_channels, side, side, dtype=getattr(torch, s.dtype))
-        with torch.no_grad(), tqdm(total=len(stored), desc=title, unit="img") as bar:
-            for start in range(0, len(stored), s.batch_size):
-                x = batches.take(torch.arange(start, min(start + s.batch_size, len(stored))))
-                with autocast(device, dtype):
-                    mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
-                stored[start : start + len(x)] = mean.to(stored.dtype)
-                bar.update(len(x))
-        if not torch.isfinite(stored).all():
-            raise UserError(
-                f"{vae_path} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL"
-            )
-        return stored
+    # Parts of PART images are written as they come, by whichever process they fall to: what an interruption leaves is not lost.
+    made_of = fingerprint(
+        {"": torch.frombuffer(bytearray(f"{vae_fingerprint}{images.fingerprint}{s.dtype}", "utf-8"), dtype=torch.uint8)}
+    )
+    scratch = config.run_dir / f"encodings.parts-{made_of}"
 
-    mean = means(TRAIN, False, "encoding")
-    flipped = means(TRAIN, True, "encoding mirrored") if config.data.flip else None
+    def encode_parts(split: int, flip: bool, title: str) -> list[Path]:
+        n, batches = len(rows[split]), PixelBatches(images.pixels, rows[split], device)
+        files = {start: scratch / f"{title.replace(' ', '-')}-{start:09d}.pt" for start in range(0, n, PART)}
+        mine = list(files.items())[parallel.rank() :: parallel.size()]
+        with torch.no_grad(), tqdm(total=sum(min(PART, n - start) for start, _ in mine), desc=title, unit="img") as bar:
+            for start, file in mine:
+                stop = min(start + PART, n)
+                if file.exists():
+                    bar.update(stop - start)
+                    continue
+                part = torch.empty(stop - start, vae.latent_channels, side, side, dtype=getattr(torch, s.dtype))
+                for first in range(start, stop, s.batch_size):
+                    x = batches.take(torch.arange(first, min(first + s.batch_size, stop)))
+                    with autocast(device, dtype):
+                        mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
+                    part[first - start : first - start + len(x)] = mean.to(part.dtype)
+                    bar.update(len(x))
+                if not torch.isfinite(part).all():
+                    raise UserError(
+                        f"{vae_path} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL"
+                    )
+                save_plain(file, {"mean": part})
+        return list(files.values())
+
+    parts = {"mean": encode_parts(TRAIN, False, "encoding"), "held out": encode_parts(HELD_OUT, False, "encoding held out")}
+    if config.data.flip:
+        parts["mirrored"] = encode_parts(TRAIN, True, "encoding mirrored")
+    parallel.wait()
+    if not parallel.leads():
+        return
+
+    def joined(which: str) -> Tensor:
+        return torch.cat([load_plain(file, f"remove {scratch}", mmap=True)["mean"] for file in parts[which]])
+
+    mean = joined("mean")
     try:
         normaliser = Normaliser.measure(mean, s.normalise)
     except ValueError as error:
@@ -92,8 +119,8 @@ def encode(config: Config, dry_run: bool) -> None:
     )
     Encodings(
         mean,
-        flipped,
-        means(HELD_OUT, False, "encoding held out"),
+        joined("mirrored") if config.data.flip else None,
+        joined("held out"),
         normaliser,
         labels[TRAIN],
         labels[HELD_OUT],
@@ -104,6 +131,7 @@ def encode(config: Config, dry_run: bool) -> None:
         vae_fingerprint,
         images.fingerprint,
     ).save(path)
+    shutil.rmtree(scratch)
     print(card(normaliser))
     print(f"done: {path}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 from artifacts import require_space
 from config import Config, UserError
 from sources import HELD_OUT, SOURCES, TRAIN, Source
@@ -54,8 +55,9 @@ class Found:
 
     def load(self) -> Images:
         """From the cache, made first if need be. Raises UserError for images that cannot be used."""
-        if not (self.folder / "meta.json").is_file():
+        if parallel.leads() and not (self.folder / "meta.json").is_file():
             build_cache(self)
+        parallel.wait()
         return open_cache(self.folder)
 
 

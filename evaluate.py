@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+import parallel
 import sampler_bench
 from artifacts import require_space
 from config import Config, UserError
@@ -42,7 +43,7 @@ def samplers(config: Config, dry_run: bool) -> None:
         f"U-Net: {parameters_of(model.unet) / 1e6:.2f}M parameters, step {model.header['step']:,}; {e.images:,} noises, "
         f"{', '.join(e.samplers)} at {', '.join(map(str, e.steps))} steps, on {device} in {str(dtype)[6:]}\nfiles: {table}, {plot}"
     )
-    if dry_run:
+    if dry_run or not parallel.leads():  # the bench is of one device
         return
     rows, lowest = sampler_bench.bench(config, model, encodings)
     verdict = sampler_bench.advice(rows)

@@ -6,11 +6,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import parallel
 from artifacts import NoSpace, first_line, load_plain, load_weights, save_plain, save_weights
 from cli import Diverged, Stopped
 from config import Config, Logging, Training, UserError
@@ -19,7 +21,17 @@ from pictures import plot_curves, save_png
 from training import EMA, learning_rate
 
 # What may differ when a run is resumed; everything else would make it another experiment.
-MAY_CHANGE = ("steps", "max_minutes", "log_every", "eval_every", "save_minutes", "snapshot_every", "sample_images", "name")
+MAY_CHANGE = (
+    "steps",
+    "max_minutes",
+    "micro_batch",
+    "log_every",
+    "eval_every",
+    "save_minutes",
+    "snapshot_every",
+    "sample_images",
+    "name",
+)
 
 
 def experiment_of(config: Config, section: str, **fingerprints: str) -> dict:
@@ -36,8 +48,8 @@ class Run:
                 if run.due(eval_every): …
                 if run.save_due(): run.save()
                 if run.over: break
-                run.seed_step()
-                run.step_with(loss, …)
+                run.seed_step()                  # then draw the whole batch's randomness
+                run.take_step(backward)          # backward(part) ends in run.accumulate(loss, …)
 
     Whether it is `over` is decided once per step, so that all decisions after a step agree. `weights` is the file for use: the
     EMA network, `extra` tensors, and `header` with how far the run has come.
@@ -47,6 +59,12 @@ class Run:
                  weights: str, header: dict, extra: dict[str, Tensor] | None = None):  # fmt: skip
         self.folder, self.net, self.settings, self.experiment, self.seed = folder, net, settings, experiment, seed
         self.weights, self.header, self.extra = folder / weights, header, extra or {}
+        self.leads = parallel.leads()
+        if settings.batch_size < parallel.size():
+            raise UserError(
+                f"batch_size {settings.batch_size} is less than the {parallel.size()} processes that are to share it"
+            )
+        self.micro_batch = settings.batch_size if settings.micro_batch == "auto" else settings.micro_batch
         self.ema = EMA(net, settings.ema)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.step = 0  # optimiser steps done
@@ -56,14 +74,15 @@ class Run:
         self._started = self._saved_at = time.monotonic()
         self._restart_stopwatch()
         self._sums: dict[str, Tensor] = {}  # of figures since the last report, on the device
+        self._parts: list[dict[str, Tensor]] = []  # figures of this step's micro-batches
         self._summed = 0
         # (step, timestep) of the first loss that was not finite, on the device: reading it every step would wait for it.
         self._bad = torch.full((2,), -1, device=next(net.parameters()).device)
         self._signal: int | None = None
         self._decide()
-        if self.over:
+        if self.over and self.leads:
             self._save_if_stale()
-        self._writers = None if self.over else Writers(folder, experiment, logging, self.step)
+        self._writers = Writers(folder, experiment, logging, self.step) if self.leads and not self.over else None
 
     # Time and steps
 
@@ -77,9 +96,10 @@ class Run:
         return self.step * self.settings.batch_size
 
     def _decide(self) -> None:
-        budget = self.settings.max_minutes
-        self.stopped_by = self._signal
-        self.complete = self.step >= self.settings.steps or (budget is not None and self.minutes >= budget)
+        """Rank 0 decides, by its own clock and signals."""
+        self._minutes_decided, stopped_by = parallel.tell_numbers([self.minutes, self._signal or 0])
+        budget, self.stopped_by = self.settings.max_minutes, int(stopped_by) or None
+        self.complete = self.step >= self.settings.steps or (budget is not None and self._minutes_decided >= budget)
         self.over = self.complete or self.stopped_by is not None
 
     def due(self, every: int) -> bool:
@@ -118,32 +138,63 @@ class Run:
 
     # One step
 
-    def step_with(self, loss: Tensor, per_image: Tensor, timesteps: Tensor | None = None, **figures: Tensor) -> None:
-        """Backward, clip, AdamW, EMA. `per_image` (B,) and `timesteps` (B,) serve to name what was not finite.
+    def take_step(self, backward: Callable[[slice], None]) -> None:
+        """Gradients, clip, AdamW, EMA. `backward` is called with parts of the batch: this process's share of it, in micro-batches.
 
-        `figures` (scalars on the device) are averaged until the next report.
+        With micro_batch "auto" a part that does not fit the GPU's memory is halved, and the step begun anew.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.step, self.minutes)
-        loss.backward()
+            group["lr"] = learning_rate(self.settings, self.step, self._minutes_decided)
+        share = parallel.share_of(self.settings.batch_size)
+        while True:
+            try:
+                for start in range(share.start, share.stop, self.micro_batch):
+                    backward(slice(start, min(start + self.micro_batch, share.stop)))
+                break
+            except torch.OutOfMemoryError:
+                if self.settings.micro_batch != "auto" or self.micro_batch == 1:
+                    raise UserError(f"{self.folder}: {self.micro_batch} images at a time do not fit the GPU's memory; "
+                                    f"use a smaller micro_batch or smaller widths") from None  # fmt: skip
+            # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
+            self.micro_batch = (min(self.micro_batch, len(share)) + 1) // 2
+            self._parts = []
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self.say(f"the batch does not fit the GPU's memory; in micro-batches of {self.micro_batch} from here")
+        parallel.sum_gradients(self.net)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.step)
-        self._watch(per_image.detach(), norm, timesteps)
-        for name, value in {"loss": loss, "grad_norm": norm, **figures}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        self._watch(norm)
+        self._sums["grad_norm"] = self._sums.get("grad_norm", 0.0) + norm.detach().float()
+        for part in self._parts:
+            for name, value in part.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        self._parts = []
         self._summed += 1
         self.step += 1
         self._decide()
         self._bar.update()
 
-    def _watch(self, per_image: Tensor, norm: Tensor, timesteps: Tensor | None) -> None:
-        broken = ~torch.isfinite(per_image)
+    def accumulate(self, loss: Tensor, watched: Tensor, timesteps: Tensor | None = None, **figures: Tensor) -> None:
+        """Backward of the mean of `loss` (B,), this part's share of the whole batch's mean.
+
+        `watched` (B,) and `timesteps` (B,) serve to name what was not finite; `figures` (B,) are averaged until the next report.
+        """
+        whole = self.settings.batch_size
+        (loss.sum() / whole).backward()
+        part = {name: value.detach().float().sum() / whole for name, value in {"loss": loss, **figures}.items()}
+        self._parts.append(part)
+        self._watch(watched.detach(), timesteps)
+
+    def _watch(self, values: Tensor, timesteps: Tensor | None = None) -> None:
+        """Remember the first step with a value that is not finite."""
+        broken = ~torch.isfinite(values)
         timestep = torch.full_like(self._bad[0], -1)
         if timesteps is not None:
             timestep = torch.where(broken.any(), timesteps[broken.long().argmax()], timestep)
-        first = (broken.any() | ~torch.isfinite(norm)) & (self._bad[0] < 0)
+        first = broken.any() & (self._bad[0] < 0)
         self._bad = torch.where(first, torch.stack([torch.full_like(timestep, self.step), timestep]), self._bad)
 
     def _check_finite(self) -> None:
@@ -162,7 +213,12 @@ class Run:
         self._check_finite()
         if not self._summed:
             return
-        means = {name: float(total) / self._summed for name, total in self._sums.items()}
+        names = [name for name in self._sums if name != "grad_norm"]  # that is the whole batch's in every process
+        totals = parallel.total(torch.stack([self._sums[name] for name in names])).tolist()
+        means = {
+            name: value / self._summed
+            for name, value in zip([*names, "grad_norm"], [*totals, float(self._sums["grad_norm"])])
+        }
         self._sums, self._summed = {}, 0
         seconds = time.monotonic() - self._stopwatch
         rate = (self.step - self._stopwatch_step) * self.settings.batch_size / max(seconds, 1e-9)  # images per second
@@ -176,6 +232,8 @@ class Run:
 
     def log(self, figures: dict[str, float]) -> None:
         """Write figures of this step to metrics.jsonl, TensorBoard, wandb."""
+        if not self.leads:
+            return
         with _surviving_a_full_disk("the figures"):
             self._writers.figures(self.step, {"images_seen": self.images_seen, "minutes": round(self.minutes, 3), **figures})
         self._restart_stopwatch()
@@ -198,7 +256,7 @@ class Run:
     # Saving
 
     def save_due(self) -> bool:
-        if self.step == self._first_step:
+        if self.step == self._first_step or not self.leads:
             return False
         return self.over or time.monotonic() - self._saved_at > 60 * self.settings.save_minutes
 

@@ -246,9 +246,14 @@ class Threshold:
         return bounded
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """How many values were clamped, and how many were seen."""
+        return int(self._clamped), self._seen
+
+    @property
     def share(self) -> float:
         """Share of the values seen so far that were clamped, 0 … 1."""
-        return float(self._clamped) / max(self._seen, 1)
+        return self.counts[0] / max(self._seen, 1)
 
 
 def as_threshold(x0_range) -> Callable[[Tensor], Tensor]:

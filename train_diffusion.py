@@ -104,7 +104,7 @@ def train(config: Config, dry_run: bool) -> None:
         while True:
             if run.due(s.log_every):
                 run.report()
-            if run.due(s.eval_every):
+            if run.due(s.eval_every) and run.leads:
                 losses = held_out_losses(run.ema.net, held_out, held_out_raw, schedule, s, dtype)
                 run.log(
                     {"held_out/loss": sum(losses) / BINS, **{f"held_out/loss_bin{b}": loss for b, loss in enumerate(losses)}}
@@ -114,7 +114,7 @@ def train(config: Config, dry_run: bool) -> None:
                 )
                 picture = sample_picture(run.ema.net, held_out_raw, vae, normaliser, schedule, s, dtype)
                 run.picture("samples", picture, f"samples/step_{run.step:07d}.png")
-            if s.snapshot_every and run.due(s.snapshot_every):
+            if s.snapshot_every and run.due(s.snapshot_every) and run.leads:
                 run.snapshot()
             if run.save_due():
                 run.save()
@@ -127,13 +127,20 @@ def train(config: Config, dry_run: bool) -> None:
             rows = rows.to(device, non_blocking=True)
             if encodings.mean_flipped is not None:
                 rows = rows + n * torch.randint(0, 2, rows.shape, device=device)
-            z = normaliser.normalise(latents[rows])  # (B, C, h, w), unit variance
-            t = draw_timesteps(s, len(z), device)
-            eps = torch.randn_like(z)
-            with autocast(device, dtype):
-                loss = diffusion_loss(unet, z, eps, t, alphas, sigmas, s.prediction, raw)  # (B,)
-            weight = min_snr_weight(s.prediction, alphas[t], sigmas[t], s.min_snr_gamma) if s.weighting == "min_snr" else 1.0
-            run.step_with((weight * loss).mean(), loss, t, unweighted_loss=loss.mean())
+            t = draw_timesteps(s, len(rows), device)
+            eps = torch.randn(len(rows), channels, size, size, device=device)
+
+            def backward(part: slice) -> None:
+                z, their_t = normaliser.normalise(latents[rows[part]]), t[part]  # z (B, C, h, w), unit variance
+                their_raw = None if raw is None else tuple(r[part] for r in raw)
+                with autocast(device, dtype):
+                    loss = diffusion_loss(unet, z, eps[part], their_t, alphas, sigmas, s.prediction, their_raw)  # (B,)
+                weight = 1.0
+                if s.weighting == "min_snr":
+                    weight = min_snr_weight(s.prediction, alphas[their_t], sigmas[their_t], s.min_snr_gamma)
+                run.accumulate(weight * loss, loss, their_t, unweighted_loss=loss)
+
+            run.take_step(backward)
     run.stop_if_told()
     print(f"done: {folder}/unet.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
 

@@ -73,7 +73,7 @@ def train(config: Config, dry_run: bool) -> None:
         while True:
             if run.due(s.log_every):
                 run.report()
-            if run.due(s.eval_every):
+            if run.due(s.eval_every) and run.leads:
                 figures, sheet = evaluate(run.ema.net, held_out, perceptual, s, device, dtype)
                 run.log({f"held_out/{name}": value for name, value in figures.items()})
                 run.picture("reconstructions", sheet, "reconstructions.png")
@@ -84,20 +84,23 @@ def train(config: Config, dry_run: bool) -> None:
                 break
 
             run.seed_step()
-            x = batches.take(order.take(run.images_seen, s.batch_size)).contiguous(memory_format=torch.channels_last)
-            if config.data.flip:
-                mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
-                x = torch.where(mirrored, x.flip(3), x)
-            with autocast(device, dtype):
-                y, posterior = vae(x)
-                distance = perceptual(x, y) if perceptual else x.new_zeros(len(x))  # (B,)
-            error = reconstruction_error(s.reconstruction, x, y).mean(dim=(1, 2, 3))  # (B,)
-            kl = posterior.kl().mean(dim=(1, 2, 3))  # (B,) nats per latent dimension
+            rows = order.take(run.images_seen, s.batch_size)
+            mirrored = torch.rand(len(rows), 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0)
+            noise = torch.randn(len(rows), s.latent_channels, latent, latent, device=device)
             kl_weight = s.kl_weight * min(1.0, (run.step + 1) / max(1, s.kl_warmup))
-            per_image = error + s.perceptual.weight * distance.float() + kl_weight * kl
-            run.step_with(
-                per_image.mean(), per_image, reconstruction=error.mean(), perceptual=distance.mean(), nats_per_dim=kl.mean()
-            )
+
+            def backward(part: slice) -> None:
+                x = batches.take(rows[part])
+                x = torch.where(mirrored[part], x.flip(3), x).contiguous(memory_format=torch.channels_last)
+                with autocast(device, dtype):
+                    y, posterior = vae(x, noise[part])
+                    distance = perceptual(x, y) if perceptual else x.new_zeros(len(x))  # (B,)
+                error = reconstruction_error(s.reconstruction, x, y).mean(dim=(1, 2, 3))  # (B,)
+                kl = posterior.kl().mean(dim=(1, 2, 3))  # (B,) nats per latent dimension
+                loss = error + s.perceptual.weight * distance.float() + kl_weight * kl
+                run.accumulate(loss, loss, reconstruction=error, perceptual=distance, nats_per_dim=kl)
+
+            run.take_step(backward)
     run.stop_if_told()
     print(f"done: {folder}/vae.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
 

@@ -2,12 +2,14 @@
 
 import copy
 import math
+import os
 import platform
 
 import psutil
 import torch
 from torch import nn
 
+import parallel
 from config import Training, UserError
 
 # float32 weights, EMA, gradients and AdamW's two moments while training; on the disk two states (old and new) and a weights file
@@ -19,6 +21,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and parallel.size() > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device: {name} asked for, and torch finds {torch.cuda.device_count()} CUDA devices here; use device=auto or device=cpu"

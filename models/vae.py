@@ -16,8 +16,9 @@ class Posterior:
     mean: Tensor
     logvar: Tensor
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.empty_like(self.mean).normal_(generator=generator)
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """By the reparametrisation trick, from standard normal noise (B, C, h, w) or fresh one."""
+        noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
@@ -101,10 +102,10 @@ class VAE(nn.Module):
         images = self.decoder(z).float()
         return torch.tanh(images) if self.output == "tanh" else images
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Posterior]:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """Reconstruction of one posterior sample, and the posterior."""
         posterior = self.encode(images)
-        return self.decode(posterior.sample(generator)), posterior
+        return self.decode(posterior.sample(noise)), posterior
 
 
 def reconstruction_error(kind: str, images: Tensor, reconstruction: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def test_again_does_nothing_twice(trained, capsys, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in trained.run_dir.rglob("*.safetensors")} | {
         "e": (trained.run_dir / "encodings.pt").stat().st_mtime_ns
     }
-    monkeypatch.setattr(run.Run, "step_with", lambda *_, **__: pytest.fail("trained twice"))
+    monkeypatch.setattr(run.Run, "take_step", lambda *_, **__: pytest.fail("trained twice"))
     trained.train_all()
     out = capsys.readouterr().out
     assert out.count("already trained") == 2 and "up to date" in out
@@ -207,14 +207,14 @@ def test_weights_cut_off_before_their_state_are_made_again(trained, tmp_path, ca
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(experiment, capsys, monkeypatch):
-    original = run.Run.step_with
+    original = run.Run.take_step
 
     def interrupted(self, *args, **kwargs):
         if self.step == 2:  # during the third step
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(run.Run, "step_with", interrupted)
+    monkeypatch.setattr(run.Run, "take_step", interrupted)
     assert experiment.run("train_vae") == 128 + signal.SIGTERM
     assert "stopped at step 3 of 6" in capsys.readouterr().err
     assert torch.load(experiment.run_dir / "vae" / "state.pt", weights_only=True)["step"] == 3
@@ -274,8 +274,8 @@ def test_a_disk_that_fills_up_loses_nothing(experiment, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(artifacts.os, "fsync", full)
-    steps, original = [], run.Run.step_with
-    monkeypatch.setattr(run.Run, "step_with", lambda self, *a, **k: (original(self, *a, **k), steps.append(self.step)))
+    steps, original = [], run.Run.take_step
+    monkeypatch.setattr(run.Run, "take_step", lambda self, *a, **k: (original(self, *a, **k), steps.append(self.step)))
     line = fails(experiment, capsys, "train_vae", "vae.save_minutes=1e-9")
     assert steps == [3, 4, 5, 6]  # it went on as long as there was work, and failed at the last save
     assert "no space left" in line and "run the same command again" in line
@@ -346,7 +346,7 @@ def test_calibration_by_hand():
     for part in z.split(7):
         moments.add(part)
     assert moments.overall_std() == pytest.approx(float(z.std(correction=0)), rel=1e-6)
-    figures = calibration(moments, train, None, 0.0)
+    figures = calibration(moments, train, 0.0, 0.0)
     assert figures["worst_channel"] == 1 and figures["worst_channel_ratio"] == pytest.approx(0.5, abs=0.03)
     assert figures["std_ratio"] == pytest.approx((0.625) ** 0.5, abs=0.03)
     s = load_config(None).sampling
