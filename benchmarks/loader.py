@@ -1,0 +1,69 @@
+"""How fast do pictures come? Our uint8 cache against torchvision's ImageFolder and DataLoader, on the same JPEG files.
+
+    python benchmarks/loader.py [number of pictures] [batch size]
+
+The pictures are portraits of synthetic_faces.py, saved as JPEG of 178x218 and cut to 64x64. A first pass of ours reads and caches them, which
+is what their every pass does; later passes gather from the cache.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np  # noqa: I001
+import torch
+from PIL import Image
+from timing import DEVICE, machine, print_table
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+import synthetic_faces
+from data import PixelBatches, Shuffle, load_images
+from settings import load_config
+from sources import TRAIN
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    (folder / "faces").mkdir(parents=True)
+    for start in range(0, count, 256):
+        for i, face in enumerate(synthetic_faces.render(0, np.arange(start, min(start + 256, count)), 218), start=start):
+            Image.fromarray(face[:, 20:198]).save(folder / "faces" / f"{i:06d}.jpg", quality=92)
+
+
+def main(count: int = 4000, batch: int = 64) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "pictures"
+        write_pictures(folder, count)
+        transform = v2.Compose(
+            [v2.CenterCrop(178), v2.Resize(64, antialias=True), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        )
+        loader = DataLoader(ImageFolder(folder, transform), batch, shuffle=True, num_workers=os.cpu_count(), drop_last=True)
+        started = time.perf_counter()
+        seen = sum(len(x.to(DEVICE)) for x, _ in loader)
+        rates = {"ImageFolder + DataLoader, every epoch": seen / (time.perf_counter() - started)}
+        config = load_config(
+            None, [f"runs_dir={name}/runs", "data.source=folder", f"data.path={folder}", "data.image_size=64"]
+        )
+        started = time.perf_counter()
+        images = load_images(config)
+        rates["ours, first pass (decodes and caches)"] = count / (time.perf_counter() - started)
+        rows = images.rows(TRAIN)
+        batches, order = PixelBatches(images.pixels, rows, DEVICE), Shuffle(len(rows), 0)
+        for title in ("warm-up", "ours, every later epoch"):
+            started = time.perf_counter()
+            for start in range(0, 4 * len(rows), batch):
+                batches.take(order.take(start, batch))
+            rates[title] = 4 * len(rows) / (time.perf_counter() - started)
+        del rates["warm-up"]
+    print(f"\n{count:,} JPEG pictures, batches of {batch}, {os.cpu_count()} workers, {machine()}\n")
+    peer = rates["ImageFolder + DataLoader, every epoch"]
+    print_table(
+        ["", "images/s", "ours / theirs"], [[name, f"{rate:,.0f}", f"{rate / peer:.1f}"] for name, rate in rates.items()]
+    )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""How long do 64 latents take at equal steps, by our sampler and by diffusers' scheduler loop around its own U-Net of about the size?
+
+    python benchmarks/sample_64.py [steps] [repeats]
+
+DPM-Solver++(2M) for both. Peer (a) float32 as its pipeline runs it, (b) under our precision and layout. VAE decoding is not in it.
+"""
+
+import sys
+
+import torch  # noqa: I001
+from diffusers import DPMSolverMultistepScheduler
+from timing import DEVICE, interleaved, machine, print_table
+from unet_step import CHANNELS, SIZE, diffusers_net
+
+from config import Diffusion
+from models.schedules import make_schedule
+from models.unet import UNet
+from sampling import make_denoiser, sample
+from training import autocast, pick_precision
+
+IMAGES = 64
+
+
+def main(steps: int = 20, repeats: int = 5) -> None:
+    dtype, s, schedule = pick_precision("auto", DEVICE), Diffusion(), make_schedule("linear")
+    torch.manual_seed(0)
+    net = (
+        UNet(CHANNELS, SIZE, s.widths, s.blocks, s.attention, s.head_channels)
+        .to(DEVICE, memory_format=torch.channels_last)
+        .eval()
+    )
+    noise = torch.randn(IMAGES, CHANNELS, SIZE, SIZE, device=DEVICE)
+
+    def ours():
+        return sample(make_denoiser(net, schedule, "eps", DEVICE, dtype), noise, schedule, "dpmpp_2m", steps)
+
+    def theirs(precision: torch.dtype, layout):
+        peer = diffusers_net().to(DEVICE, memory_format=layout).eval()
+        scheduler = DPMSolverMultistepScheduler(
+            1000, beta_schedule="linear", timestep_spacing="trailing", final_sigmas_type="zero"
+        )
+
+        @torch.no_grad()
+        def run():
+            scheduler.set_timesteps(steps)
+            z = noise
+            for t in scheduler.timesteps:
+                with autocast(DEVICE, precision):
+                    eps = peer(z.contiguous(memory_format=layout), t).sample
+                z = scheduler.step(eps.float(), t, z).prev_sample
+            return z
+
+        return run
+
+    runs = {
+        "ours": ours,
+        "diffusers (a)": theirs(torch.float32, torch.contiguous_format),
+        "diffusers (b)": theirs(dtype, torch.channels_last),
+    }
+    seconds = interleaved(runs, repeats, warmup=1)
+    print(f"{IMAGES} latents, {steps} steps, {machine()}\n")
+    print_table(
+        ["", "seconds", "theirs / ours"], [[name, f"{t:.2f}", f"{t / seconds['ours']:.2f}"] for name, t in seconds.items()]
+    )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

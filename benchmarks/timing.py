@@ -1,0 +1,64 @@
+"""Measuring one thing against another: interleaved (A B A B), after a warm-up, medians; and what the machine can do at best."""
+
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the project, before torch: cli sets how torch allocates
+
+import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import cli  # noqa: E402, F401
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-warmup, repeats):
+        for name, run in runs.items():
+            wait()
+            started = time.perf_counter()
+            run()
+            wait()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def flops_of(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions of one call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """Operations per second of a square matrix product, large enough to be at its best: this machine's peak in practice."""
+    n = 8192 if DEVICE.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / interleaved({"product": lambda: a @ b}, repeats=10)["product"]
+
+
+def machine() -> str:
+    name = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    return f"{name}, torch {torch.__version__}"
+
+
+def print_table(headings: list[str], rows: list[list[str]]) -> None:
+    for cells in (headings, ["---"] * len(headings), *rows):
+        print("| " + " | ".join(cells) + " |", flush=True)

@@ -1,0 +1,108 @@
+"""How long is a training step of celeba64's U-Net, and of diffusers' and denoising-diffusion-pytorch's of about its size?
+
+    python benchmarks/unet_step.py [batch size] [repeats]
+
+Ours: bf16 autocast where the hardware has it, channels_last, fused AdamW, foreach EMA. Peers (a) as their own scripts run them: float32,
+AdamW as it comes, their own EMA; (b) given our precision, layout, optimiser and EMA. A step is forward, backward, clip, AdamW, EMA.
+"""
+
+import sys
+
+import torch  # noqa: I001
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from timing import DEVICE, flops_of, interleaved, machine, peak_flops, print_table
+from torch.nn import functional as F
+
+from config import Diffusion
+from models.schedules import make_schedule
+from models.unet import UNet
+from train_diffusion import diffusion_loss
+from training import EMA, autocast, parameters_of, pick_precision
+
+CHANNELS, SIZE = 8, 16
+
+
+def steps(net, predict, dtype, ours: bool, batch: int):
+    """A function that makes one training step of `net`; predict(net, z_t, t) -> eps."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True if ours else None)
+    ema = EMA(net, 0.9999) if ours else EMAModel(net.parameters(), decay=0.9999)
+    layout = torch.channels_last if ours else torch.contiguous_format
+    net.to(DEVICE, memory_format=layout).train()
+    if not ours:
+        ema.to(DEVICE)
+    alphas, sigmas = make_schedule("cosine").tables(DEVICE)
+    z = torch.randn(batch, CHANNELS, SIZE, SIZE, device=DEVICE)
+    count = 0
+
+    def step():
+        nonlocal count
+        eps, t = torch.randn_like(z), torch.randint(0, 1000, (batch,), device=DEVICE)
+        with autocast(DEVICE, dtype):
+            if isinstance(net, UNet):
+                loss = diffusion_loss(net, z, eps, t, alphas, sigmas, "eps").mean()
+            else:
+                z_t = alphas[t][:, None, None, None] * z + sigmas[t][:, None, None, None] * eps
+                loss = F.mse_loss(predict(net, z_t.contiguous(memory_format=layout), t).float(), eps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(count) if ours else ema.step(net.parameters())
+        count += 1
+
+    return step
+
+
+def diffusers_net() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=SIZE, in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=2, block_out_channels=(128, 256, 320),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=64, dropout=0.1,
+    )  # fmt: skip
+
+
+def peers() -> dict:
+    """name -> (function that builds a network, predict)"""
+    found = {"diffusers": (diffusers_net, lambda net, z_t, t: net(z_t, t).sample)}
+    try:
+        from denoising_diffusion_pytorch import Unet
+    except ImportError:
+        print("denoising-diffusion-pytorch is not installed: left out", file=sys.stderr)
+    else:
+        build = lambda: Unet(dim=96, dim_mults=(1, 2, 3), channels=CHANNELS, dropout=0.1, flash_attn=False)  # noqa: E731
+        found["denoising-diffusion-pytorch"] = (build, lambda net, z_t, t: net(z_t, t))
+    return found
+
+
+def main(batch: int = 64, repeats: int = 7) -> None:
+    dtype, s = pick_precision("auto", DEVICE), Diffusion()
+    torch.manual_seed(0)
+    ours = UNet(CHANNELS, SIZE, s.widths, s.blocks, s.attention, s.head_channels, s.dropout)
+    runs, sizes = {"ours": steps(ours, None, dtype, True, batch)}, {"ours": parameters_of(ours)}
+    for name, (build, predict) in peers().items():
+        for kind, precision, like_ours in (("(a)", torch.float32, False), ("(b)", dtype, True)):
+            net = build()
+            sizes[f"{name} {kind}"] = parameters_of(net)
+            runs[f"{name} {kind}"] = steps(net, predict, precision, like_ours, batch)
+    peak = peak_flops(dtype)
+    flops = {name: flops_of(run) for name, run in runs.items()}
+    seconds = interleaved(runs, repeats)
+    print(
+        f"training step at batch {batch}, {machine()}; peak of a {str(dtype)[6:]} matrix product {peak / 1e12:.2f} TFLOP/s\n"
+    )
+    print_table(
+        ["", "parameters", "ms", "images/s", "theirs / ours", "GFLOP", "of peak"],
+        [[name, f"{sizes[name] / 1e6:.1f}M", f"{1000 * t:.0f}", f"{batch / t:.0f}", f"{t / seconds['ours']:.2f}", f"{flops[name] / 1e9:.0f}",
+          f"{flops[name] / t / peak:.0%}"] for name, t in seconds.items()],
+    )  # fmt: skip
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        runs["ours"]()
+        print(
+            f"\nmemory of our step: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB (all networks of this script included)"
+        )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

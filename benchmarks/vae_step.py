@@ -1,0 +1,92 @@
+"""How long is a training step of celeba64's VAE, and of diffusers' AutoencoderKL of about its size? And encoding, and decoding?
+
+    python benchmarks/vae_step.py [batch size] [repeats]
+
+Peer (a) float32 as it comes, (b) given our precision, layout and optimiser. The loss is MSE + KL for both: no perceptual network.
+"""
+
+import sys
+
+import torch  # noqa: I001
+from diffusers import AutoencoderKL
+from timing import DEVICE, flops_of, interleaved, machine, peak_flops, print_table
+
+from config import Vae
+from models.vae import VAE
+from training import EMA, autocast, parameters_of, pick_precision
+
+SIZE = 64
+
+
+def peer() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(48, 80, 128), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1, latent_channels=8, norm_num_groups=8, sample_size=SIZE,
+    )  # fmt: skip
+
+
+def stages(net, dtype, ours: bool, batch: int) -> dict:
+    """What is timed of a network: a training step, encoding, decoding."""
+    layout = torch.channels_last if ours else torch.contiguous_format
+    net.to(DEVICE, memory_format=layout).train()
+    optimizer, ema = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True if ours else None), EMA(net, 0.999)
+    x = (torch.rand(batch, 3, SIZE, SIZE, device=DEVICE) * 2 - 1).contiguous(memory_format=layout)
+    count = 0
+
+    def step():
+        nonlocal count
+        with autocast(DEVICE, dtype):
+            if isinstance(net, VAE):
+                y, posterior = net(x)
+                kl = posterior.kl().mean()
+            else:
+                posterior = net.encode(x).latent_dist
+                y, kl = net.decode(posterior.sample()).sample, posterior.kl().mean() / posterior.mean[0].numel()
+            loss = (y.float() - x).square().mean() + 1e-6 * kl.float()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(count)
+        count += 1
+
+    @torch.no_grad()
+    def encode():
+        with autocast(DEVICE, dtype):
+            return net.encode(x).mean if isinstance(net, VAE) else net.encode(x).latent_dist.mean
+
+    z = encode().float()
+
+    @torch.no_grad()
+    def decode():
+        with autocast(DEVICE, dtype):
+            return net.decode(z) if isinstance(net, VAE) else net.decode(z).sample
+
+    return {"training step": step, "encode": encode, "decode": decode}
+
+
+def main(batch: int = 32, repeats: int = 7) -> None:
+    dtype, s = pick_precision("auto", DEVICE), Vae()
+    torch.manual_seed(0)
+    nets = {
+        "ours": VAE(s.widths, s.blocks, s.latent_channels, s.attention),
+        "diffusers (a)": peer(),
+        "diffusers (b)": peer(),
+    }
+    timed = {name: stages(net, torch.float32 if name.endswith("(a)") else dtype, not name.endswith("(a)"), batch) for name, net in nets.items()}  # fmt: skip
+    peak = peak_flops(dtype)
+    print(
+        f"batch {batch} at {SIZE}x{SIZE}, {machine()}; peak of a {str(dtype)[6:]} matrix product {peak / 1e12:.2f} TFLOP/s\n"
+    )
+    rows = []
+    for stage in ("training step", "encode", "decode"):
+        seconds = interleaved({name: timed[name][stage] for name in nets}, repeats)
+        for name, t in seconds.items():
+            flops = flops_of(timed[name][stage])
+            rows.append([stage, name, f"{parameters_of(nets[name]) / 1e6:.2f}M", f"{1000 * t:.0f}", f"{batch / t:,.0f}",
+                         f"{t / seconds['ours']:.2f}", f"{flops / 1e9:.0f}", f"{flops / t / peak:.0%}"])  # fmt: skip
+    print_table(["", "", "parameters", "ms", "images/s", "theirs / ours", "GFLOP", "of peak"], rows)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
