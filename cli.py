@@ -6,6 +6,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Callable
@@ -40,8 +41,8 @@ class Diverged(Exception):
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """Arguments -> (config, dry_run). Raises UserError."""
     flags = [a for a in argv if a.startswith("-")]
-    overrides = [a for a in argv if "=" in a and not a.startswith("-")]
-    paths = [a for a in argv if "=" not in a and not a.startswith("-")]
+    overrides = [a for a in argv if re.match(r"\w[\w.]*=", a)]
+    paths = [a for a in argv if a not in overrides and not a.startswith("-")]
     unknown = [f for f in flags if f not in ("--dry-run", "--help", "-h")]
     if unknown:
         raise UserError(

@@ -163,6 +163,8 @@ def save_plot(path: Path, rows: list[Row], lowest: float, title: str) -> None:
     for axis, heading in zip(axes, titles):
         axis.set(xscale="log", xlabel="network evaluations", title=heading)
     axes[0].set_yscale("log")
+    axes[1].set_ylim(0.7, 1.3)  # heun's first steps, far beyond, would hide everything else
+    axes[2].set_yscale("log")
     axes[2].legend()
     figure.suptitle(title)
     figure.tight_layout()

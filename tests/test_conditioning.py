@@ -264,11 +264,11 @@ def test_resuming_with_conditions_is_bitwise_the_same(conditional, tmp_path):
     from safetensors.torch import load_file
 
     for kind in (CLASSES, WORDS):
-        folder = tmp_path / kind[-1]
+        folder = tmp_path / kind[-1]  # with a "=" in it, which makes no setting of the config's path
         shutil.copytree(conditional.folder, folder)
         experiment = Experiment(folder)
         for steps in (3, 6):
-            assert experiment.run("train_diffusion", *kind, "diffusion.name=again", f"diffusion.steps={steps}", "diffusion.lr_decay=none") == 0  # fmt: skip
+            assert experiment.run("train_diffusion", *kind, "diffusion.name=again", f"diffusion.steps={steps}") == 0  # fmt: skip
         name = kind[-1].split("=")[1]
         once, twice = (load_file(experiment.run_dir / n / "unet.safetensors") for n in (name, "again"))
         assert all(torch.equal(once[k], twice[k]) for k in once)
@@ -350,7 +350,7 @@ def test_clip_tokens_are_those_of_the_caption_alone(tiny_clip):
         with torch.no_grad():
             alone = net(**tokenizer([caption], return_tensors="pt")).last_hidden_state[0]
         torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-5)
-    assert [len(states) for states in found] == [3, 2, 24, 77] and encoder.cut == 1
+    assert [len(states) for states in found] == [3, 2, 22, 77] and encoder.cut == 1
 
 
 def test_caption_embeddings_are_ragged():

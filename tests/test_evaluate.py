@@ -63,5 +63,5 @@ def test_bad_input(trained, capsys, option, message):
 
 
 def test_dry_run_measures_nothing(trained, capsys):
-    assert trained.run("evaluate", "--dry-run", "evaluation.steps=[7]") == 0
+    assert trained.run("evaluate", "--dry-run", "evaluation.steps=[7]", "evaluation.images=12") == 0
     assert "at 7 steps" in capsys.readouterr().out
