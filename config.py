@@ -211,10 +211,21 @@ class Sampling(Section):
 
 
 class Evaluation(Section):
-    task: Literal["samplers"] = key("samplers", "what evaluate.py judges; samplers: which one, and how many steps")
-    images: Annotated[int, Field(ge=2)] = key(256, "noises that every sampler starts from")
-    samplers: Annotated[list[SamplerName], Field(min_length=1)] = key(list(get_args(SamplerName)), "samplers to compare")
-    steps: Annotated[list[PositiveInt], Field(min_length=1)] = key([5, 10, 20, 50, 100, 1000], "numbers of steps to compare")
+    task: Literal["samplers", "reconstruction", "generation", "latents", "loss"] = key(
+        "generation", "what evaluate.py judges; its --help says what each does"
+    )
+    images: Annotated[int, Field(ge=8)] = key(256, "images to judge: noises of the samplers, generated, held-out")
+    reference: Annotated[int, Field(ge=8)] = key(
+        10000, "generation, reconstruction: at most so many training images to compare with"
+    )
+    features: Literal["inception", "mobilenet_v2", "mobilenet_v2_keras"] = key(
+        "inception", "network whose features the distances are of; figures of two networks are never comparable"
+    )
+    weights: Optional[str] = key(None, "local file of that network's weights; without it the usual download")
+    samplers: Annotated[list[SamplerName], Field(min_length=1)] = key(
+        list(get_args(SamplerName)), "samplers: which to compare"
+    )
+    steps: Annotated[list[PositiveInt], Field(min_length=1)] = key([5, 10, 20, 50, 100, 1000], "samplers: numbers of steps")
     batch_size: PositiveInt = key(128, "images per network pass")
     precision: Literal["auto", "float32", "bfloat16"] = key("auto", "as in training")
 

@@ -1,8 +1,15 @@
 """The judge: is what the models make any good?
 
-evaluation.task=samplers   every solver at several numbers of steps, from the same noises: distance to the solution of the
-                           probability-flow ODE, spread, distance to the held-out latents, seconds. A table and a plot in
-                           results/, and one line of advice.
+evaluation.task=
+  generation       generated images against training images: Fréchet distance, KID, precision and recall, beside what held-out
+                   images score (perfection) and what reconstructed held-out images score (the VAE's share of the error);
+                   and the generated images that lie nearest to a training image, beside it
+  reconstruction   the VAE on held-out images: PSNR, SSIM, the perceptual distance of vae.perceptual, distance to the originals
+  latents          the latent card: each channel's figures, the ceiling that the VAE sets, what clamps do, GO or NO-GO
+  loss             the U-Net's error by timestep over that of a guess which knows only the variance: comparable between schedules
+  samplers         every solver at several numbers of steps from the same noises: distance to the solution of the ODE, spread,
+                   distance to the held-out latents, seconds; a table, a plot and a line of advice
+Everything is printed and written to results/ with its command, hardware and feature network.
 """
 
 import cli
@@ -12,17 +19,171 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+import torch
+
+import conditions
+import judging
 import parallel
 import sampler_bench
-from artifacts import require_space
+from artifacts import build, load_weights, require_space, write_atomically
 from config import Config, UserError
+from data import load_images, spread, to_float
+from features import frechet, make_features
 from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion
+from models.losses import make_perceptual, perceptual_weights
+from models.vae import VAE
+from pictures import pairs, save_png
+from sources import TRAIN
 from training import hardware, parameters_of, pick_device, pick_precision
 
 
 def evaluate(config: Config, dry_run: bool) -> None:
-    TASKS[config.evaluation.task](config, dry_run)
+    if parallel.leads():  # one device judges
+        TASKS[config.evaluation.task](config, dry_run)
+
+
+# Tables
+
+
+def table_of(headings, rows) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows))
+
+
+def publish(config: Config, name: str, device: torch.device, text: str) -> None:
+    """Print a page and write it to results/<name>.md with the command that made it."""
+    path = Path(config.results_dir) / f"{name}.md"
+    page = f"{text}\n\n`{cli.command}` on {hardware(device)}.\n"
+    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    print(text)
+    print(f"done: {path}")
+
+
+def plan(config: Config, what: str, device: torch.device, dtype: torch.dtype, files: list[str]) -> None:
+    require_space(Path(config.results_dir), 10_000_000)
+    print(f"{what}, on {device} in {str(dtype)[6:]}\nfiles: " + ", ".join(f"{config.results_dir}/{file}" for file in files))
+
+
+# Tasks
+
+
+def generation(config: Config, dry_run: bool) -> None:
+    e, s, device = config.evaluation, config.sampling, pick_device(config.device)
+    dtype = pick_precision(e.precision, device)
+    model = LatentDiffusion(config, device, dtype)
+    features = make_features(e.features, e.weights, device)
+    name = f"{config.name}_{config.diffusion_name}_{s.sampler}{s.steps}" + (f"_w{s.guidance:g}" if s.guidance != 1 else "")
+    plan(config, f"{e.images:,} generated images by {s.sampler}, {s.steps} steps, in features of {features.name}", device, dtype,
+         [f"{name}_generation.md", f"{name}_nearest.png"])  # fmt: skip
+    if dry_run:
+        return
+    images = load_images(config)
+    held_out = judging.held_out_pixels(images, e.images)
+    n = len(held_out)  # as many of each: these distances depend on the number
+    training = judging.training_features(config, images, features, e.reference)
+    made = judging.generated(config, model, n)
+    sets = {"generated": made, "held-out (perfection)": held_out, "held-out, reconstructed": judging.through(model.vae, held_out, e.batch_size, device, dtype)}  # fmt: skip
+    found = {what: features(pixels, e.batch_size) for what, pixels in sets.items()}
+    rows = [judging.Distance.of(what, found[what], training) for what in sets]
+    sheet, near, near_held_out = judging.memorisation(
+        made, found["generated"], found["held-out (perfection)"], images, images.rows(TRAIN, e.reference), training
+    )
+    save_png(sheet, Path(config.results_dir) / f"{name}_nearest.png")
+    by = {row.what: row.frechet for row in rows}
+    perfect, vae = by["held-out (perfection)"], by["held-out, reconstructed"]
+    publish(config, f"{name}_generation", device, "\n\n".join([
+        f"# Generated images of {config.name}, {config.diffusion_name}: {s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
+        f"Against {len(training):,} training images ({config.data.source}, crop {config.data.crop}, {config.data.image_size} px), in features of **{features.name}**.",
+        table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in rows]),
+        f"Error budget: of the {by['generated'] - perfect:.1f} that generated images are farther than held-out ones, the VAE costs {vae - perfect:.1f} and the "
+        f"U-Net and its sampler {by['generated'] - vae:.1f}. Generated images score {by['generated'] / perfect:.2f} times what held-out ones score.",
+        f"Memorisation: the median distance to the nearest training image is {near:.2f} for generated and {near_held_out:.2f} for held-out images "
+        f"({name}_nearest.png shows the twelve nearest: generated, then its three neighbours).",
+    ]))  # fmt: skip
+
+
+def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict]:
+    path = config.run_dir / "vae" / "vae.safetensors"
+    tensors, header = load_weights(path, "vae", "train_vae.py")
+    return build(VAE, tensors, header, path).to(device, memory_format=torch.channels_last).eval(), header
+
+
+def reconstruction(config: Config, dry_run: bool) -> None:
+    e, p, device = config.evaluation, config.vae.perceptual, pick_device(config.device)
+    dtype = pick_precision(e.precision, device)
+    vae, header = load_vae(config, device)
+    features = make_features(e.features, e.weights, device)
+    try:
+        perceptual = make_perceptual(p.net, perceptual_weights(p.net, p.weights)).to(device) if p.net != "none" else None
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+    name = f"{config.name}_reconstruction"
+    plan(config, f"VAE of {parameters_of(vae) / 1e6:.2f}M parameters, step {header['step']:,}, on held-out images", device, dtype,
+         [f"{name}.md", f"{name}.png"])  # fmt: skip
+    if dry_run:
+        return
+    images = load_images(config)
+    originals = judging.held_out_pixels(images, e.images)
+    made = judging.through(vae, originals, e.batch_size, device, dtype)
+    figures = judging.fidelity(made, originals)
+    rows = [["PSNR", f"{figures['psnr']:.2f} dB"], ["SSIM", f"{figures['ssim']:.4f}"]]
+    if perceptual is not None:
+        with torch.no_grad():
+            distances = [
+                perceptual(to_float(torch.from_numpy(x.copy())).to(device), to_float(torch.from_numpy(y)).to(device))
+                for x, y in zip(
+                    *(
+                        [pixels[i : i + e.batch_size] for i in range(0, len(pixels), e.batch_size)]
+                        for pixels in (originals, made)
+                    )
+                )
+            ]
+        rows.append([perceptual.title, f"{float(torch.cat(distances).mean()):.4f}"])
+    rows.append(
+        [f"Fréchet distance to the originals ({features.name})", f"{frechet(features(made), features(originals)):.1f}"]
+    )
+    save_png(pairs(originals[:32], made[:32]), Path(config.results_dir) / f"{name}.png")
+    publish(config, name, device, f"# Reconstructions of {config.name}\n\n{len(originals):,} held-out images at {config.data.image_size} px.\n\n" + table_of(["", ""], rows))  # fmt: skip
+
+
+def latents(config: Config, dry_run: bool) -> None:
+    e, device = config.evaluation, pick_device(config.device)
+    vae, _ = load_vae(config, device)
+    encodings = Encodings.load(config.run_dir / "encodings.pt")
+    name = f"{config.name}_latents"
+    plan(config, f"latent card of {len(encodings.mean):,} training latents", device, torch.float32, [f"{name}.md"])
+    if dry_run:
+        return
+    card = judging.latent_card(
+        vae, encodings.normaliser.to(device), judging.held_out_pixels(load_images(config), e.images), e.batch_size, device
+    )
+    publish(config, name, device, "\n".join([f"# Latents of {config.name}", "", *card.lines, "", f"**{card.verdict}**"]))
+
+
+def loss(config: Config, dry_run: bool) -> None:
+    e, device = config.evaluation, pick_device(config.device)
+    dtype = pick_precision(e.precision, device)
+    model = LatentDiffusion(config, device, dtype)
+    encodings = Encodings.load(config.run_dir / "encodings.pt")
+    name = f"{config.name}_{config.diffusion_name}_loss"
+    plan(config, f"error of {model.path} by timestep on held-out latents", device, dtype, [f"{name}.md"])
+    if dry_run:
+        return
+    shown = spread(torch.arange(len(encodings.held_out)), e.images)
+    raw = None
+    if model.unet.conditioner is not None:
+        torch.manual_seed(0)  # the same captions every time
+        raw = conditions.of_images(model.unet.conditioner, encodings, device)[1].take(shown)
+    z = model.normaliser.normalise(encodings.held_out[shown].to(device))
+    found = judging.loss_by_bin(model, z, raw, e.batch_size)
+    rows = [[f"{low} … {high}", f"{error:.4f}", f"{ratio:.3f}"] for low, high, error, ratio in found]
+    rows.append(["mean", f"{sum(r[2] for r in found) / len(found):.4f}", f"{sum(r[3] for r in found) / len(found):.3f}"])
+    publish(config, name, device, "\n\n".join([
+        f"# Error by timestep: {config.name}, {model.header['schedule']}, predicts {model.header['prediction']}",
+        f"{len(z):,} held-out latents. Beside the squared error of the clean estimate, its ratio to that of the best guess that knows only that latents "
+        f"have unit variance: 1 is no better than that guess.",
+        table_of(["t", "squared error of z0", "of the guess's"], rows),
+    ]))  # fmt: skip
 
 
 def samplers(config: Config, dry_run: bool) -> None:
@@ -43,7 +204,7 @@ def samplers(config: Config, dry_run: bool) -> None:
         f"U-Net: {parameters_of(model.unet) / 1e6:.2f}M parameters, step {model.header['step']:,}; {e.images:,} noises, "
         f"{', '.join(e.samplers)} at {', '.join(map(str, e.steps))} steps, on {device} in {str(dtype)[6:]}\nfiles: {table}, {plot}"
     )
-    if dry_run or not parallel.leads():  # the bench is of one device
+    if dry_run:
         return
     rows, lowest = sampler_bench.bench(config, model, encodings)
     verdict = sampler_bench.advice(rows)
@@ -61,7 +222,7 @@ def samplers(config: Config, dry_run: bool) -> None:
     print(f"done: {table}, {plot}")
 
 
-TASKS = {"samplers": samplers}
+TASKS = dict(generation=generation, reconstruction=reconstruction, latents=latents, loss=loss, samplers=samplers)
 
 
 def main(argv: list[str] | None = None) -> int:

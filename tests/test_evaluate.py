@@ -57,11 +57,13 @@ def test_bench_of_a_tiny_model(trained, capsys):
     ("diffusion.name=none", "does not exist: run train_diffusion.py first"),
 ])  # fmt: skip
 def test_bad_input(trained, capsys, option, message):
-    assert trained.run("evaluate", option) == 2
+    assert trained.run("evaluate", "evaluation.task=samplers", option) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0], error
 
 
 def test_dry_run_measures_nothing(trained, capsys):
-    assert trained.run("evaluate", "--dry-run", "evaluation.steps=[7]", "evaluation.images=12") == 0
+    assert (
+        trained.run("evaluate", "--dry-run", "evaluation.task=samplers", "evaluation.steps=[7]", "evaluation.images=12") == 0
+    )
     assert "at 7 steps" in capsys.readouterr().out

@@ -1,0 +1,209 @@
+"""What evaluate.py measures of pictures and latents: reconstruction, generation, the latent card, loss by timestep, memorisation."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from artifacts import load_plain, save_plain
+from conditions import Requests, requested
+from config import Config, UserError
+from data import Images, to_float, to_uint8
+from drawing import Wanted, draw
+from features import Features, frechet, kid, precision_recall
+from latent_diffusion import LatentDiffusion
+from models.conditioning import Raw
+from models.latents import Normaliser
+from models.vae import VAE
+from pictures import grid
+from sampling import make_denoiser
+from sources import HELD_OUT, TEST, TRAIN
+from training import autocast
+
+BINS = 10  # of timesteps
+DEAD_STD, TAIL_KURTOSIS, ENOUGH_PSNR = 0.1, 10.0, 24.0  # what makes the latent card say NO-GO
+NEIGHBOURS = 3  # training images shown beside a generated one
+
+
+# Pictures
+
+
+def held_out_pixels(images: Images, at_most: int) -> np.ndarray:
+    """uint8 (N, H, W, 3): the held-out split, and the test split behind it. Raises UserError where they are too few to judge by."""
+    rows = np.concatenate([images.rows(HELD_OUT), images.rows(TEST)])[:at_most]
+    if len(rows) < 2 * NEIGHBOURS + 2:
+        raise UserError(f"{len(rows)} held-out images are too few to judge by; at least {2 * NEIGHBOURS + 2} are needed")
+    return images.pixels[rows]
+
+
+@torch.no_grad()
+def through(vae: VAE, pixels: np.ndarray, batch_size: int, device: torch.device, dtype: torch.dtype) -> np.ndarray:
+    """uint8 (N, H, W, 3) through the VAE and back, from the posterior mean."""
+    made = []
+    for part in torch.from_numpy(np.ascontiguousarray(pixels)).split(batch_size):
+        with autocast(device, dtype):
+            made.append(to_uint8(vae.decode(vae.encode(to_float(part).to(device)).mean)))
+    return np.concatenate(made)
+
+
+def generated(config: Config, model: LatentDiffusion, n: int) -> np.ndarray:
+    """uint8 (n, H, W, 3) by config.sampling; of a conditional model as many of each request as of any other."""
+    s = config.sampling
+    requests = requested(s, model.unet.conditioner, model.device)
+    s = s.model_copy(update={"cols": -(-n // max(1, len(requests)))})
+    drawn = draw(model, s, Requests([], requests.raw), None, 1.0, Wanted(n, n, [], None))
+    return np.stack([drawn.pixels[i] for i in range(n)])
+
+
+def training_features(config: Config, images: Images, features: Features, at_most: int) -> Tensor:
+    """Of training images spread evenly over all, kept beside the image cache by fingerprint and network."""
+    rows = images.rows(TRAIN, at_most)
+    key = hashlib.sha256(f"{images.fingerprint} {features.name} {len(rows)} {images.pixels.shape}".encode()).hexdigest()[:16]
+    path = Path(config.runs_dir) / "cache" / f"features-{key}.pt"
+    if not path.exists():
+        save_plain(path, {"features": features(images.pixels[rows])})
+    return load_plain(path, f"remove {path}")["features"]
+
+
+def fidelity(pixels: np.ndarray, original: np.ndarray) -> dict[str, float]:
+    """PSNR (dB) and SSIM of reconstructions, averaged over images."""
+    x, y = (torch.from_numpy(np.ascontiguousarray(p)).permute(0, 3, 1, 2).float() for p in (original, pixels))
+    return dict(
+        psnr=float(peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean")),
+        ssim=float(structural_similarity_index_measure(y, x, data_range=255.0)),
+    )
+
+
+@dataclass
+class Distance:
+    """One row of the table: a set of pictures against the training images, in one network's features."""
+
+    what: str
+    n: int
+    frechet: float
+    kid: float
+    kid_std: float
+    precision: float
+    recall: float
+
+    @classmethod
+    def of(cls, what: str, found: Tensor, training: Tensor) -> "Distance":
+        return cls(what, len(found), frechet(found, training), *kid(found, training), *precision_recall(found, training))
+
+    def cells(self) -> list[str]:
+        return [self.what, f"{self.n:,}", f"{self.frechet:.1f}", f"{1000 * self.kid:.2f} ± {1000 * self.kid_std:.2f}", f"{self.precision:.3f}", f"{self.recall:.3f}"]  # fmt: skip
+
+
+DISTANCE_HEADINGS = ("pictures", "N", "Fréchet distance", "KID · 1000", "precision", "recall")
+
+
+def memorisation(pixels: np.ndarray, found: Tensor, held_out: Tensor, images: Images, rows: np.ndarray, training: Tensor):
+    """The generated images that lie nearest to a training image, each beside its nearest ones (a PIL picture), and the median
+    distance to the nearest training image: of generated and of held-out ones. Copies would lie far nearer than held-out ones."""
+    distances = torch.cdist(found, training)
+    nearest = distances.topk(NEIGHBOURS, largest=False)
+    worst = nearest.values[:, 0].argsort()[:12].tolist()
+    sheet = [p for i in worst for p in (pixels[i], *(images.pixels[rows[j]] for j in nearest.indices[i].tolist()))]
+    median_held_out = float(torch.cdist(held_out, training).min(dim=1).values.median())
+    return grid(np.stack(sheet), 3 * (1 + NEIGHBOURS)), float(nearest.values[:, 0].median()), median_held_out
+
+
+# Latents
+
+
+@dataclass
+class LatentCard:
+    lines: list[str]
+    verdict: str
+
+
+def latent_card(
+    vae: VAE, normaliser: Normaliser, originals: np.ndarray, batch_size: int, device: torch.device
+) -> LatentCard:
+    """What a U-Net is about to learn: each channel's figures, the ceiling that the VAE sets, what clamps would do, and a verdict."""
+    n = normaliser
+    pixels = torch.from_numpy(np.ascontiguousarray(originals))
+
+    @torch.no_grad()
+    def encode() -> tuple[Tensor, float]:
+        means, nats = [], []
+        for part in pixels.split(batch_size):
+            posterior = vae.encode(to_float(part).to(device))
+            means.append(n.normalise(posterior.mean))
+            nats.append(posterior.kl().mean(dim=(1, 2, 3)))
+        return torch.cat(means), float(torch.cat(nats).mean())
+
+    @torch.no_grad()
+    def psnr_of(z: Tensor) -> float:
+        decoded = [to_uint8(vae.decode(n.denormalise(part))) for part in z.split(batch_size)]
+        return fidelity(np.concatenate(decoded), originals)["psnr"]
+
+    z, nats = encode()
+    ceiling = psnr_of(z)
+    lines = ["| channel | mean | std | kurtosis | range |", "|---|---|---|---|---|"]
+    for c in range(len(n.std)):
+        lines.append(f"| {c} | {n.mean[c]:.3f} | {n.std[c]:.3f} | {n.kurtosis[c]:.2f} | {n.low[c]:.2f} … {n.high[c]:.2f} |")
+    lines += [
+        "",
+        f"{nats:.2f} nats per latent dimension. Reconstruction ceiling: {ceiling:.2f} dB on {len(originals):,} held-out images.",
+        "",
+    ]
+    lines += ["| clamp | values beyond it | reconstruction |", "|---|---|---|"]
+    for bound in (1.0, 2.0, 3.0):
+        beyond = float((z.abs() > bound).float().mean())
+        lines.append(f"| ±{bound:g} | {beyond:.2%} | {psnr_of(z.clamp(-bound, bound)):.2f} dB |")
+    low, high = n.range()
+    lines.append(f"| range | {float(((z < low) | (z > high)).float().mean()):.2%} | {psnr_of(z.clamp(low, high)):.2f} dB |")
+    return LatentCard(lines, verdict(n, ceiling))
+
+
+def verdict(n: Normaliser, ceiling: float) -> str:
+    """GO, or NO-GO with the remedy."""
+    dead = [c for c in range(len(n.std)) if n.std[c] < DEAD_STD * float(n.std.max())]
+    if dead:
+        return f"NO-GO: channels {dead} carry nothing (std below {DEAD_STD:g} of the widest): use fewer vae.latent_channels, or less vae.kl_weight"
+    if ceiling < ENOUGH_PSNR:
+        return f"NO-GO: the VAE reconstructs at {ceiling:.1f} dB, and no sample can be better: train it longer, or use more vae.latent_channels"
+    heavy = [c for c in range(len(n.kurtosis)) if n.kurtosis[c] > TAIL_KURTOSIS]
+    if heavy:
+        return f"NO-GO: channels {heavy} have heavy tails (kurtosis above {TAIL_KURTOSIS:g}), which few steps miss: use more vae.kl_weight"
+    spread = float(n.std.max() / n.std.min())
+    if spread > 4:
+        return f"GO, with care: the widest channel has {spread:.1f} times the std of the narrowest: encodings.normalise=per_channel evens them"
+    return "GO"
+
+
+# Loss
+
+
+@torch.no_grad()
+def loss_by_bin(model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: int) -> list[tuple[int, int, float, float]]:
+    """(first t, last t, mean squared error of z0_hat, the same over that of the best guess which knows only that z ~ N(0, 1)).
+
+    The guess is alpha/(alpha² + sigma²) z_t, its error sigma²/(alpha² + sigma²); the ratio is the same for eps, v or z0, and
+    so schedules and predictions can be compared by it. Noise and timesteps are the same every time.
+    """
+    schedule, generator = model.schedule, torch.Generator().manual_seed(0)
+    net, prediction = model.unet, model.header["prediction"]
+    rows = []
+    for b in range(BINS):
+        low, high = b * schedule.timesteps // BINS, (b + 1) * schedule.timesteps // BINS - 1
+        t = torch.linspace(low, high, len(z)).round().long()
+        eps = torch.randn(z.shape, generator=generator).to(z.device)
+        alpha, sigma = (f(t).float().to(z.device)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+        z_t, errors = alpha * z + sigma * eps, []
+        for start in range(0, len(z), batch_size):
+            part = slice(start, start + batch_size)
+            theirs = None if raw is None else tuple(r[part] for r in raw)
+            denoise = make_denoiser(
+                lambda z_t, t, raw=theirs: net(z_t, t, raw), schedule, prediction, model.device, model.dtype
+            )
+            errors.append((denoise(z_t[part], t[part].to(z.device)) - z[part]).square().mean(dim=(1, 2, 3)))
+        guess = (sigma**2 / (alpha**2 + sigma**2)).flatten()
+        error = torch.cat(errors)
+        rows.append((low, high, float(error.mean()), float((error / guess).mean())))
+    return rows

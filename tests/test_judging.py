@@ -1,0 +1,177 @@
+"""evaluate.py's other tasks: distances with known answers, verdicts by hand, and every task on the tiny experiment."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import judging
+from config import UserError
+from features import Features, frechet, kid, make_features, precision_recall
+from models.latents import Normaliser
+from models.schedules import make_schedule
+
+CPU = torch.device("cpu")
+
+
+def normal(n=400, d=8, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Distances
+
+
+def test_frechet_by_closed_form():
+    """Same covariance: the squared shift. Same mean, features times s: (s - 1)² tr of the covariance."""
+    a, shift = normal(), torch.arange(8.0).double()
+    assert frechet(a, a) == pytest.approx(0.0, abs=1e-6)
+    assert frechet(a, a + shift) == pytest.approx(float(shift.square().sum()), rel=1e-6)
+    centred = a - a.mean(dim=0)
+    assert frechet(centred, 3 * centred) == pytest.approx(4 * float(torch.cov(a.T).trace()), rel=1e-6)
+
+
+def test_kid_is_unbiased_and_notices_a_shift():
+    same, std = kid(normal(seed=0), normal(seed=1))
+    assert abs(same) < 3 * std / 10 + 0.05 and kid(normal(seed=0), normal(seed=1) + 1)[0] > 10 * abs(same)
+
+
+def test_precision_and_recall_at_their_ends():
+    a = normal(200, 3)
+    assert precision_recall(a, a) == (1.0, 1.0) and precision_recall(a, a + 100) == (0.0, 0.0)
+    half = torch.cat(
+        [a[:100], a[:100] + 100]
+    )  # half of what is made is far from anything real; what is real is half covered or more
+    precision, recall = precision_recall(half, a)
+    assert precision == 0.5 and 0.5 <= recall <= 1.0
+
+
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory):
+    from torchvision.models import mobilenet_v2
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "mobilenet.pth"
+    torch.save(mobilenet_v2().state_dict(), path)
+    return path
+
+
+def test_keras_weights_are_padded_as_keras_does(mobilenet):
+    """A strided 3x3 convolution of Keras pads right and below: its output at (0, 0) sees pixels 0 … 2, torch's sees 0 … 1."""
+    kinds = [make_features(name, str(mobilenet), CPU) for name in ("mobilenet_v2", "mobilenet_v2_keras")]
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    found = [f(pixels) for f in kinds]
+    assert all(f.shape == (3, 1280) for f in found) and not torch.allclose(*found)
+    assert kinds[0].name != kinds[1].name
+    torch.testing.assert_close(kinds[0](pixels[1:2]), found[0][1:2], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, weights, message", [
+    ("inception", "none.pth", "evaluation.features=inception: its weights cannot be loaded"),
+    ("mobilenet_v2", "none.pth", "name a local file with evaluation.weights=FILE"),
+    ("mobilenet_v2_keras", None, "has no download"),
+])  # fmt: skip
+def test_missing_feature_weights(name, weights, message):
+    with pytest.raises(UserError, match=message):
+        make_features(name, weights, CPU)
+
+
+def test_memorisation_finds_a_copy():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
+    made = rng.integers(0, 256, (15, 4, 4, 3), dtype=np.uint8)
+    made[7] = pixels[20]
+    flat = lambda p: torch.from_numpy(p.reshape(len(p), -1)).float()  # noqa: E731
+    images, rows = types.SimpleNamespace(pixels=pixels), np.arange(30)
+    sheet, near, near_held_out = judging.memorisation(made, flat(made), flat(made[:5]), images, rows, flat(pixels))
+    first = np.asarray(sheet)[:4]
+    assert (
+        np.array_equal(first[:, :4], pixels[20]) and np.array_equal(first[:, 6:10], pixels[20]) and near > 0 < near_held_out
+    )
+
+
+# Latents and loss
+
+
+def card_of(std=(1.0, 1.0), kurtosis=(0.0, 0.0)) -> Normaliser:
+    zeros = torch.zeros(2)
+    return Normaliser(zeros, zeros + 1, zeros, torch.tensor(std), torch.tensor(kurtosis), zeros - 3, zeros + 3)
+
+
+@pytest.mark.parametrize("normaliser, ceiling, expected", [
+    (card_of(), 30.0, "GO"),
+    (card_of(std=(1.0, 0.01)), 30.0, r"NO-GO: channels \[1\] carry nothing"),
+    (card_of(), 18.0, "NO-GO: the VAE reconstructs at 18.0 dB"),
+    (card_of(kurtosis=(0.0, 25.0)), 30.0, r"NO-GO: channels \[1\] have heavy tails"),
+    (card_of(std=(1.0, 0.2)), 30.0, "GO, with care: the widest channel has 5.0 times"),
+])  # fmt: skip
+def test_verdicts(normaliser, ceiling, expected):
+    import re
+
+    assert re.match(expected, judging.verdict(normaliser, ceiling))
+
+
+@pytest.mark.parametrize("schedule, prediction", [("cosine", "v"), ("linear", "eps"), ("flow", "velocity")])
+def test_knowing_only_the_variance_scores_one(schedule, prediction):
+    """The best linear guess for unit Gaussian latents, said in each kind of prediction, scores 1 at every timestep."""
+    table = make_schedule(schedule)
+
+    def net(z_t, t, _raw):
+        alpha, sigma = (f(t).float()[:, None, None, None] for f in (table.alpha, table.sigma))
+        z0 = alpha / (alpha**2 + sigma**2) * z_t
+        eps = (z_t - alpha * z0) / sigma
+        return {"eps": eps, "v": alpha * eps - sigma * z0, "velocity": eps - z0}[prediction]
+
+    model = types.SimpleNamespace(
+        schedule=table, unet=net, header={"prediction": prediction}, device=CPU, dtype=torch.float32
+    )
+    z = torch.randn(200, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    found = judging.loss_by_bin(model, z, None, 64)
+    assert [row[3] for row in found] == pytest.approx([1.0] * 10, abs=0.03)
+    assert (found[0][0], found[-1][1]) == (0, 999)
+
+
+# Every task on the tiny experiment
+
+
+@pytest.mark.parametrize("task, files", [
+    ("generation", ["tiny_cosine_ddim4_generation.md", "tiny_cosine_ddim4_nearest.png"]),
+    ("reconstruction", ["tiny_reconstruction.md", "tiny_reconstruction.png"]),
+    ("latents", ["tiny_latents.md"]),
+    ("loss", ["tiny_cosine_loss.md"]),
+])  # fmt: skip
+def test_tasks(trained, mobilenet, capsys, task, files):
+    argv = (
+        f"evaluation.task={task}",
+        "evaluation.features=mobilenet_v2",
+        f"evaluation.weights={mobilenet}",
+        "evaluation.images=8",
+    )
+    assert trained.run("evaluate", *argv) == 0
+    out = capsys.readouterr().out
+    page = (trained.folder / "results" / files[0]).read_text()
+    assert page.split("\n\n`python")[0] in out and f"evaluation.task={task}" in page
+    assert all((trained.folder / "results" / file).exists() for file in files)
+    if task == "generation":
+        assert "MobileNetV2" in page and "held-out (perfection) | 8 |" in page and "Error budget" in page
+        assert len(list((trained.folder / "runs" / "cache").glob("features-*.pt"))) == 1
+    if task == "reconstruction":
+        from data import load_images
+        from settings import load_config
+
+        images = load_images(load_config(trained.config, trained.argv()[1:]))
+        sheet = np.asarray(Image.open(trained.folder / "results" / files[1]))
+        assert np.array_equal(sheet[:16, :16], images.pixels[images.rows(1)[0]])  # originals above
+
+
+def test_too_few_held_out_images(trained, capsys, mobilenet, monkeypatch):
+    monkeypatch.setattr(judging, "NEIGHBOURS", 30)
+    argv = ("evaluation.features=mobilenet_v2", f"evaluation.weights={mobilenet}")
+    assert trained.run("evaluate", *argv) == 2 and "too few to judge by" in capsys.readouterr().err
+
+
+def test_features_keep_their_order():
+    features = Features("mean", lambda x: x.float().mean(dim=(2, 3)), CPU)
+    pixels = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    assert features(pixels, batch_size=3)[:, 0].tolist() == list(range(10))
