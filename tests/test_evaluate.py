@@ -33,6 +33,7 @@ def test_advice(rows, expected):
 
 def test_bench_of_a_tiny_model(trained, capsys):
     argv = (
+        "evaluation.task=samplers",
         "evaluation.steps=[4,20]",
         "evaluation.samplers=[ancestral,ddim,euler,unipc]",
         "evaluation.images=12",

@@ -1,0 +1,87 @@
+"""The gallery: what a browser is given, read back by an HTML parser; and by Chromium where there is one."""
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+import gallery
+
+
+class Page(HTMLParser):
+    def __init__(self, path):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag, attribute):
+        return [attrs[attribute] for t, attrs in self.tags if t == tag and attribute in attrs]
+
+
+@pytest.fixture
+def results(trained, tmp_path):
+    """Two grids of the tiny experiment, one with a strip, a page of figures, and a picture that is none of ours."""
+    assert trained.run("infer", "sampling.strip=2") == 0 and trained.run("infer", "sampling.sampler=unipc") == 0
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for path in (trained.folder / "results").glob("tiny_cosine_*_2x3*"):
+        if path.is_file() and ("ddim_2x3" in path.stem or "unipc" in path.stem) and "slerp" not in path.stem:
+            shutil.copy(path, folder)
+    (folder / "tiny_latents.md").write_text("# Latents <of> tiny")
+    Image.new("RGB", (8, 8)).save(folder / "holiday.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_every_grid_with_its_settings_and_nothing_from_elsewhere(results, trained):
+    assert gallery.main([str(results), str(trained.folder / "runs")]) == 0
+    page = Page(results / "index.html")
+    grids = {"tiny_cosine_ddim_2x3", "tiny_cosine_unipc_2x3"}
+    assert set(page.all("article", "id")) == grids
+    sources = page.all("img", "src") + page.all("a", "href")
+    assert all((results / source).is_file() for source in sources) and not any(
+        "//" in s or s.startswith("/") for s in sources
+    )
+    assert {"tiny_cosine_ddim_2x3.png", "tiny_cosine_ddim_2x3_strip.gif", "tiny_cosine_curves.png"} <= set(sources)
+    assert "sampling.strip=2" in page.text and "std ratio" in page.text and "# Latents <of> tiny" in page.text
+    assert "holiday" not in page.text and "broken" not in page.text
+    assert not page.all("script", "src") and not page.all("link", "href")
+
+
+def test_text_is_escaped(results):
+    with Image.open(results / "tiny_cosine_unipc_2x3.png") as image:
+        image.load()
+        info = PngImagePlugin.PngInfo()
+        for key, value in image.text.items():
+            info.add_itxt(key, "<script>alert(1)</script>" if key == "command" else value)
+    image.save(results / "tiny_cosine_unipc_2x3.png", pnginfo=info)
+    gallery.main([str(results), "none"])
+    page = (results / "index.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_an_empty_folder_and_none(tmp_path, capsys):
+    assert gallery.main([str(tmp_path)]) == 0 and "No grids yet" in (tmp_path / "index.html").read_text()
+    assert gallery.main([str(tmp_path / "none")]) == 2 and "is not a folder" in capsys.readouterr().err
+
+
+def test_in_a_browser(results):
+    """Chromium shows both sides of the comparison, which the page's script fills."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    gallery.main([str(results), "none"])
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000", (results / "index.html").as_uri()]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    sides = shown.split('class="side"')[1:]
+    assert len(sides) == 2 and all(json.dumps("grid of generated pictures") in side.split("</article>")[0] for side in sides)
