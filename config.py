@@ -59,6 +59,13 @@ class Perceptual(Section):
     weights: Optional[str] = key(None, "local file of the backbone's weights; without it torchvision's cache or download")
 
 
+class Adversarial(Section):
+    weight: Annotated[float, Field(ge=0.0)] = key(0.0, "factor of the adversarial term beside its adaptive weight; 0: off")
+    start: Count = key(20000, "step at which it begins")
+    width: Annotated[int, Field(ge=8)] = key(64, "channels of the discriminator's first layer")
+    lr: PositiveFloat = key(2e-4, "learning rate of the discriminator")
+
+
 class Training(Section):
     """What both training stages share."""
 
@@ -92,6 +99,7 @@ class Vae(Training):
     output: Literal["none", "tanh"] = key("none", "tanh bounds the decoder to [-1, 1]")
     reconstruction: Literal["mse", "l1"] = key("mse", "mean over pixels and channels")
     perceptual: Perceptual = Perceptual()
+    adversarial: Adversarial = Adversarial()
     kl_weight: Annotated[float, Field(ge=0.0)] = key(
         1e-6, "factor of the KL term in nats per latent dimension (mean over dimensions, not LDM's sum: see README)"
     )

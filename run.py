@@ -56,7 +56,8 @@ class Run:
     """
 
     def __init__(self, folder: Path, net: nn.Module, settings: Training, experiment: dict, seed: int, logging: Logging,
-                 weights: str, header: dict, extra: dict[str, Tensor] | None = None):  # fmt: skip
+                 weights: str, header: dict, extra: dict[str, Tensor] | None = None,
+                 companion: nn.Module | None = None, companion_lr: float = 0.0):  # fmt: skip
         self.folder, self.net, self.settings, self.experiment, self.seed = folder, net, settings, experiment, seed
         self.weights, self.header, self.extra = folder / weights, header, extra or {}
         self.leads = parallel.leads()
@@ -67,6 +68,9 @@ class Run:
         self.micro_batch = settings.batch_size if settings.micro_batch == "auto" else settings.micro_batch
         self.ema = EMA(net, settings.ema)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.companion = companion  # a network that learns beside it and is of no use later: a discriminator
+        if companion is not None:
+            self.companion_optimizer = torch.optim.AdamW(companion.parameters(), companion_lr, (0.5, 0.9), weight_decay=0.0)
         self.step = 0  # optimiser steps done
         self._minutes_before = 0.0
         self._resume()
@@ -158,13 +162,17 @@ class Run:
             # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
             self.micro_batch = (min(self.micro_batch, len(share)) + 1) // 2
             self._parts = []
-            self.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
             torch.cuda.empty_cache()
             self.say(f"the batch does not fit the GPU's memory; in micro-batches of {self.micro_batch} from here")
         parallel.sum_gradients(self.net)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.grad_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.companion is not None and any(p.grad is not None for p in self.companion.parameters()):
+            parallel.sum_gradients(self.companion)
+            nn.utils.clip_grad_norm_(self.companion.parameters(), self.settings.grad_clip)
+            self.companion_optimizer.step()
+        self._forget_gradients()
         self.ema.update(self.step)
         self._watch(norm)
         self._sums["grad_norm"] = self._sums.get("grad_norm", 0.0) + norm.detach().float()
@@ -182,11 +190,22 @@ class Run:
 
         `watched` (B,) and `timesteps` (B,) serve to name what was not finite; `figures` (B,) are averaged until the next report.
         """
+        self._accumulate(loss, {"loss": loss, **figures})
+        self._watch(watched.detach(), timesteps)
+
+    def accumulate_companion(self, loss: Tensor, **figures: Tensor) -> None:
+        """The same for the companion's own loss (B,)."""
+        self._accumulate(loss, figures)
+
+    def _accumulate(self, loss: Tensor, figures: dict[str, Tensor]) -> None:
         whole = self.settings.batch_size
         (loss.sum() / whole).backward()
-        part = {name: value.detach().float().sum() / whole for name, value in {"loss": loss, **figures}.items()}
-        self._parts.append(part)
-        self._watch(watched.detach(), timesteps)
+        self._parts.append({name: value.detach().float().sum() / whole for name, value in figures.items()})
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.companion is not None:
+            self.companion_optimizer.zero_grad(set_to_none=True)
 
     def _watch(self, values: Tensor, timesteps: Tensor | None = None) -> None:
         """Remember the first step with a value that is not finite."""
@@ -213,7 +232,7 @@ class Run:
         self._check_finite()
         if not self._summed:
             return
-        names = [name for name in self._sums if name != "grad_norm"]  # that is the whole batch's in every process
+        names = sorted(self._sums.keys() - {"grad_norm"})  # that one is the whole batch's in every process
         totals = parallel.total(torch.stack([self._sums[name] for name in names])).tolist()
         means = {
             name: value / self._summed
@@ -268,6 +287,8 @@ class Run:
         self._check_finite()
         state = dict(kind="state", experiment=json.dumps(self.experiment), step=self.step, minutes=self.minutes,
                      net=self.net.state_dict(), ema=self.ema.net.state_dict(), optimizer=self.optimizer.state_dict())  # fmt: skip
+        if self.companion is not None:
+            state |= dict(companion=self.companion.state_dict(), companion_optimizer=self.companion_optimizer.state_dict())
         with contextlib.nullcontext() if self.over else _surviving_a_full_disk(f"the state of step {self.step}"):
             # In this order: cut off between the two, a resumed run makes the same weights again.
             self._save_weights(self.weights)
@@ -312,6 +333,9 @@ class Run:
                 self.net.load_state_dict(state["net"])
                 self.ema.net.load_state_dict(state["ema"])
                 self.optimizer.load_state_dict(state["optimizer"])
+                if self.companion is not None:
+                    self.companion.load_state_dict(state["companion"])
+                    self.companion_optimizer.load_state_dict(state["companion_optimizer"])
                 self.step, self._minutes_before = int(state["step"]), float(state["minutes"])
         except Exception as error:  # a dictionary that is no state: keys, types and shapes may all be wrong
             raise UserError(f"{path} is not a state of this network ({first_line(error)}): {remedy}") from None

@@ -18,6 +18,7 @@ from torchmetrics.functional.image import (
 from artifacts import require_space
 from config import Config, UserError, Vae
 from data import PixelBatches, Shuffle, find_images, to_uint8
+from models.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.losses import make_perceptual, perceptual_weights
 from models.vae import VAE, reconstruction_error
 from pictures import pairs
@@ -48,7 +49,9 @@ def train(config: Config, dry_run: bool) -> None:
         f"images: {found.count(TRAIN):,} for training, {found.count(HELD_OUT):,} held out\n"
         f"loss: {s.reconstruction}"
         + (f" + {s.perceptual.weight:g} {perceptual.title}" if perceptual else "")
-        + f" + {s.kl_weight:g} KL (nats per latent dimension)\n"
+        + f" + {s.kl_weight:g} KL (nats per latent dimension)"
+        + (f" + {s.adversarial.weight:g} adversarial from step {s.adversarial.start:,}" if s.adversarial.weight > 0 else "")
+        + "\n"
         f"steps: {s.steps:,} of {s.batch_size} images"
         + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "")
         + "\n"
@@ -62,11 +65,26 @@ def train(config: Config, dry_run: bool) -> None:
     batches = PixelBatches(images.pixels, train_rows, device)
     held_out = PixelBatches(images.pixels, images.rows(HELD_OUT, EVAL_IMAGES), device)
     order = Shuffle(len(train_rows), config.seed)
+    judge = None
+    if s.adversarial.weight > 0:
+        torch.manual_seed(config.seed + 1)
+        judge = PatchDiscriminator(s.adversarial.width).to(device, memory_format=torch.channels_last)
     experiment = experiment_of(config, "vae", data_fingerprint=images.fingerprint)
 
     header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint)
 
-    with Run(folder, vae, s, experiment, config.seed, config.logging, "vae.safetensors", header) as run:
+    with Run(
+        folder,
+        vae,
+        s,
+        experiment,
+        config.seed,
+        config.logging,
+        "vae.safetensors",
+        header,
+        companion=judge,
+        companion_lr=s.adversarial.lr,
+    ) as run:
         if run.over:
             print(f"{folder}: already trained, {run.step:,} steps in {run.minutes:.1f} minutes")
             return
@@ -98,7 +116,19 @@ def train(config: Config, dry_run: bool) -> None:
                 error = reconstruction_error(s.reconstruction, x, y).mean(dim=(1, 2, 3))  # (B,)
                 kl = posterior.kl().mean(dim=(1, 2, 3))  # (B,) nats per latent dimension
                 loss = error + s.perceptual.weight * distance.float() + kl_weight * kl
-                run.accumulate(loss, loss, reconstruction=error, perceptual=distance, nats_per_dim=kl)
+                if judge is None or run.step < s.adversarial.start:
+                    run.accumulate(loss, loss, reconstruction=error, perceptual=distance, nats_per_dim=kl)
+                    return
+                judge.requires_grad_(False)  # the VAE's step must leave no gradient in the discriminator
+                with autocast(device, dtype):
+                    fooling = generator_loss(judge(y))  # (B,)
+                weight = s.adversarial.weight * adaptive_weight(loss.mean(), fooling.mean(), vae.last_layer)
+                run.accumulate(loss + weight * fooling, loss, reconstruction=error, perceptual=distance, nats_per_dim=kl,
+                               fooling=fooling, adaptive_weight=weight.expand(len(x)))  # fmt: skip
+                judge.requires_grad_(True)
+                with autocast(device, dtype):
+                    judging = discriminator_loss(judge(x), judge(y.detach()))  # (B,)
+                run.accumulate_companion(judging, discriminator=judging)
 
             run.take_step(backward)
     run.stop_if_told()

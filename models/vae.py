@@ -88,6 +88,11 @@ class VAE(nn.Module):
             else [ResBlock(channels, channels)]
         )
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's last convolution."""
+        return self.decoder[-2].weight
+
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] -> q(z | x). H and W are multiples of the down-sampling factor, else ValueError."""
         if images.shape[-1] % self.downsampling or images.shape[-2] % self.downsampling:
