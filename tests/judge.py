@@ -1,6 +1,6 @@
 """Do generated portraits show what was asked for? A classifier that never saw a generated picture says so.
 
-    python tests/judge.py configs/demo_classes.yaml [section.key=value ...]
+    python tests/judge.py configs/demo_classes.yaml [more configs ...] [section.key=value ...]
 
 Trains a small classifier of all attributes on fresh portraits of synthetic_faces.py, checks it on held-out ones, then draws
 portraits under conditions of further ones and prints, for each attribute asked for, the share that carry it: with the config's
@@ -92,12 +92,12 @@ def train(size: int, device, dtype) -> Classifier:
     return net
 
 
-def judge(config) -> None:
+def judge(config, net: Classifier | None) -> Classifier:
     device = pick_device(config.device)
     dtype, s = pick_precision("auto", device), config.sampling
     model = LatentDiffusion(config, device, dtype)
     conditioner = model.unet.conditioner
-    net = train(model.image_size, device, dtype)
+    net = net or train(model.image_size, device, dtype)
     indices = np.arange(IMAGES)
     truth, pixels = (
         synthetic_faces.labels(JUDGE_SEED, indices),
@@ -138,7 +138,11 @@ def judge(config) -> None:
     for k, name in enumerate(asked):
         print(f"| {name} | " + " | ".join(f"{values[k]:.1%}" for values in columns_of.values()) + " |")
     print("| mean | " + " | ".join(f"{values.mean():.1%}" for values in columns_of.values()) + " |")
+    return net
 
 
 if __name__ == "__main__":
-    judge(cli.parse(sys.argv[1:])[0])
+    files = [a for a in sys.argv[1:] if a.endswith(".yaml")]
+    judged = None
+    for file in files:
+        judged = judge(cli.parse([file, *(a for a in sys.argv[1:] if a not in files)])[0], judged)
