@@ -35,7 +35,7 @@ IMAGES = 512
 
 
 class Classifier(nn.Module):
-    """Pictures (B, 3, 64, 64) -> logits of every value of every attribute."""
+    """Pictures (B, 3, H, W) -> logits of every value of every attribute."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             before = width
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(256), nn.ReLU(), nn.Linear(256, sum(self.sizes)))
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 192, 256), nn.ReLU(), nn.Linear(256, sum(self.sizes)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.net(x).float().split(self.sizes, dim=1)
@@ -73,7 +73,6 @@ def train(size: int, device, dtype) -> Classifier:
     pixels = synthetic_faces.render(TRAIN_SEED, indices, size)
     labels = torch.from_numpy(synthetic_faces.labels(TRAIN_SEED, indices))
     net = Classifier().to(device, memory_format=torch.channels_last)
-    net(torch.zeros(2, 3, size, size, device=device))
     steps = EPOCHS * (TRAIN_IMAGES // BATCH)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
