@@ -157,7 +157,7 @@ class Diffusion(Training):
     snapshot_every: Optional[PositiveInt] = key(
         None, "steps between weights files kept in snapshots/, for sampling.autoguidance"
     )
-    sample_images: PositiveInt = key(36, "images of the sample picture while training (dpmpp_2m, 20 steps, fixed noise)")
+    sample_images: PositiveInt = key(36, "images of the sample picture while training (unipc, 20 steps, fixed noise)")
 
 
 SamplerName = Literal["ancestral", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
@@ -165,7 +165,7 @@ SamplerName = Literal["ancestral", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2
 
 class Sampling(Section):
     sampler: SamplerName = key(
-        "dpmpp_2m",
+        "unipc",
         "ancestral: Ho et al. 2020; ddim: Song et al. 2021; euler, heun: Karras et al. 2022; dpmpp_2m and its SDE form: "
         "Lu et al. 2022; unipc: Zhao et al. 2023",
     )
@@ -305,7 +305,7 @@ class Config(Section):
         if s.slerp_to is not None and s.image is not None:
             raise ValueError("sampling.slerp_to and sampling.image exclude each other")
         if s.slerp_to is not None and (s.sampler in ("ancestral", "dpmpp_2m_sde") or s.eta > 0):
-            raise ValueError("sampling.slerp_to needs a sampler that adds no noise of its own: ddim with eta 0, dpmpp_2m, …")
+            raise ValueError("sampling.slerp_to needs a sampler that adds no noise of its own: ddim with eta 0, unipc, …")
         if self.sampling.clean_steps > self.sampling.steps:
             raise ValueError(
                 f"sampling.clean_steps {self.sampling.clean_steps} is more than sampling.steps {self.sampling.steps}"

@@ -191,7 +191,7 @@ def held_out_losses(
 
 @torch.no_grad()
 def sample_picture(unet: UNet, raw: Raw | None, vae: VAE, normaliser, schedule: Schedule, s: Diffusion, dtype: torch.dtype):
-    """A grid of samples from the same noise every time: DPM-Solver++(2M), 20 steps, clamped to the measured range; conditioned on
+    """A grid of samples from the same noise every time: UniPC, 20 steps, clamped to the measured range; conditioned on
     what held-out images show, unguided."""
     device = normaliser.scale.device
     shape = (unet.settings["channels"], unet.settings["size"], unet.settings["size"])
@@ -201,7 +201,7 @@ def sample_picture(unet: UNet, raw: Raw | None, vae: VAE, normaliser, schedule: 
         noise = randn((len(indices), *shape), image_generators(0, indices, "cpu"), device)
         theirs = None if raw is None else tuple(r[[i % len(r) for i in indices]] for r in raw)
         denoise = make_denoiser(lambda z_t, t, raw=theirs: unet(z_t, t, raw), schedule, s.prediction, device, dtype)
-        z = sample(denoise, noise, schedule, "dpmpp_2m", min(20, s.timesteps), x0_range=normaliser.range())
+        z = sample(denoise, noise, schedule, "unipc", min(20, s.timesteps), x0_range=normaliser.range())
         with autocast(device, dtype):
             images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))
     return grid(torch.cat(images).numpy(), cols=max(1, round(s.sample_images**0.5)))

@@ -1,6 +1,6 @@
 """Do generated portraits show what was asked for? A classifier that never saw a generated picture says so.
 
-    python tests/judge.py configs/demo_classes.yaml [section.key=value ...]
+    python tests/judge.py configs/demo_classes.yaml [more configs ...] [section.key=value ...]
 
 Trains a small classifier of all attributes on fresh portraits of synthetic_faces.py, checks it on held-out ones, then draws
 portraits under conditions of further ones and prints, for each attribute asked for, the share that carry it: with the config's
@@ -35,7 +35,7 @@ IMAGES = 512
 
 
 class Classifier(nn.Module):
-    """Pictures (B, 3, 64, 64) -> logits of every value of every attribute."""
+    """Pictures (B, 3, H, W) -> logits of every value of every attribute."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             before = width
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(256), nn.ReLU(), nn.Linear(256, sum(self.sizes)))
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 192, 256), nn.ReLU(), nn.Linear(256, sum(self.sizes)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.net(x).float().split(self.sizes, dim=1)
@@ -73,7 +73,6 @@ def train(size: int, device, dtype) -> Classifier:
     pixels = synthetic_faces.render(TRAIN_SEED, indices, size)
     labels = torch.from_numpy(synthetic_faces.labels(TRAIN_SEED, indices))
     net = Classifier().to(device, memory_format=torch.channels_last)
-    net(torch.zeros(2, 3, size, size, device=device))
     steps = EPOCHS * (TRAIN_IMAGES // BATCH)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -92,12 +91,12 @@ def train(size: int, device, dtype) -> Classifier:
     return net
 
 
-def judge(config) -> None:
+def judge(config, net: Classifier | None) -> Classifier:
     device = pick_device(config.device)
     dtype, s = pick_precision("auto", device), config.sampling
     model = LatentDiffusion(config, device, dtype)
     conditioner = model.unet.conditioner
-    net = train(model.image_size, device, dtype)
+    net = net or train(model.image_size, device, dtype)
     indices = np.arange(IMAGES)
     truth, pixels = (
         synthetic_faces.labels(JUDGE_SEED, indices),
@@ -138,7 +137,11 @@ def judge(config) -> None:
     for k, name in enumerate(asked):
         print(f"| {name} | " + " | ".join(f"{values[k]:.1%}" for values in columns_of.values()) + " |")
     print("| mean | " + " | ".join(f"{values.mean():.1%}" for values in columns_of.values()) + " |")
+    return net
 
 
 if __name__ == "__main__":
-    judge(cli.parse(sys.argv[1:])[0])
+    files = [a for a in sys.argv[1:] if a.endswith(".yaml")]
+    judged = None
+    for file in files:
+        judged = judge(cli.parse([file, *(a for a in sys.argv[1:] if a not in files)])[0], judged)
