@@ -99,6 +99,8 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         )
     finally:
         parallel.leave()
-    if LEADS or code not in (2, 130):  # what the user can put right is the same for all
+    if LEADS:
         print(message, file=sys.stderr)
+    elif code == 1:
+        print(f"process {os.environ['RANK']}: {message}", file=sys.stderr)
     return code

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Everything there is to check and to time on this machine, in one go: the tests, then every benchmark. About ten minutes on a GPU.
+#     bash benchmarks/run_all.sh [batch size of the training steps]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+batch="${1:-256}"
+python -m pytest
+python benchmarks/unet_step.py "$batch"
+python benchmarks/vae_step.py "$batch"
+python benchmarks/sample_64.py
+python benchmarks/loader.py
