@@ -62,7 +62,8 @@ def test_keras_weights_are_padded_as_keras_does(mobilenet):
     kinds = [make_features(name, str(mobilenet), CPU) for name in ("mobilenet_v2", "mobilenet_v2_keras")]
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     found = [f(pixels) for f in kinds]
-    assert all(f.shape == (3, 1280) for f in found) and not torch.allclose(*found)
+    assert all(f.shape == (3, 1280) for f in found)
+    assert not torch.allclose(*(f / f.max() for f in found), atol=0.01)  # random weights give tiny features
     assert kinds[0].name != kinds[1].name
     torch.testing.assert_close(kinds[0](pixels[1:2]), found[0][1:2], rtol=1e-3, atol=1e-4)
 
