@@ -18,11 +18,13 @@ def beside(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
     split (train, val, test). Else X.txt beside X.jpg, a caption a line. Raises UserError for a file that cannot be read
     and for captions of pictures that are not there.
     """
+    captions, splits, stamps = {}, {}, []
     for name in files.stamps:
         if PurePosixPath(name).name in ("captions.jsonl", "metadata.jsonl"):
-            captions, splits = _from_jsonl(files, name)
-            if captions:
-                return captions, splits, [name, files.stamps[name]]
+            theirs = _from_jsonl(files, name)
+            captions, splits, stamps = captions | theirs[0], splits | theirs[1], [*stamps, [name, files.stamps[name]]]
+    if captions:
+        return captions, splits, stamps
     named = {image: str(PurePosixPath(image).with_suffix(".txt")) for image in files.images}
     found = {image: text for image, text in named.items() if text in files.stamps}
     captions = {image: _lines(files.read(text)) for image, text in found.items()}
@@ -31,7 +33,13 @@ def beside(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
 
 def _from_jsonl(files, name: str) -> tuple[dict[str, list[str]], dict[str, int]]:
     folder, images, captions, splits, missing = PurePosixPath(name).parent, set(files.images), {}, {}, []
-    for number, line in enumerate(files.read(name).decode("utf-8").splitlines(), start=1):
+    try:
+        lines = (
+            files.read(name).decode("utf-8-sig").split("\n")
+        )  # not splitlines: JSON may hold other separators inside a string
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.path: {name} is not UTF-8 ({error})") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

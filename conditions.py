@@ -70,6 +70,11 @@ def of_images(conditioner: Conditioner, encodings: Encodings, device: torch.devi
     captions, first = (encodings.captions, encodings.held_out_captions), 0
     found = []
     if isinstance(conditioner, Text):
+        if encodings.text is None or encodings.text.model != conditioner.model:
+            there = encodings.text.model if encodings.text else "no text encoder"
+            raise UserError(
+                f"the captions of encodings.pt were embedded by {there}, the model wants {conditioner.model}: run create_encodings.py"
+            )
         conditioner.null_tokens.copy_(encodings.text.null())
     for texts in captions:
         if isinstance(conditioner, Words):

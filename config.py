@@ -177,7 +177,8 @@ class Sampling(Section):
         "trailing", "which timesteps are visited: even in t, or in log(alpha/sigma), or as Karras et al. 2022"
     )
     sigma_max: Optional[PositiveFloat] = key(
-        None, "start where sigma/alpha is at most this; default: 80 for cosine (near t = 990), no bound for others"
+        None,
+        "start where sigma/alpha is at most this; default: 80 for cosine (near t = 990), 1000 for flow, no bound for others",
     )
     x0_clamp: Union[Literal["range", "none"], PositiveFloat] = key(
         "range",
@@ -194,7 +195,7 @@ class Sampling(Section):
         None,
         "weights of an earlier snapshot or a smaller model to guide away from (Karras et al. 2024), instead of the null condition",
     )
-    labels: Optional[Annotated[list[Union[int, str, dict[str, Union[bool, int, str]]]], Field(min_length=1)]] = key(
+    labels: Optional[Annotated[list[Union[bool, int, str, dict[str, Union[bool, int, str]]]], Field(min_length=1)]] = key(
         None,
         "a row of pictures for each: [0, cat] where there is one kind of label, [{hat: beanie, glasses: yes}] where there are more; default: every class",
     )

@@ -50,14 +50,14 @@ def encode(config: Config, dry_run: bool) -> None:
     side = header["image_size"] // vae.downsampling
     per_image = side * side * vae.latent_channels * 2  # bytes
     stored = len(rows[TRAIN]) * (2 if config.data.flip else 1) + len(rows[HELD_OUT])
-    require_space(config.run_dir, stored * per_image)
+    require_space(config.run_dir, 2 * stored * per_image)  # the parts, and the whole made of them
 
     print(
         f"encodings: {len(rows[TRAIN]):,} training images{' and their mirrors' if config.data.flip else ''}, {len(rows[HELD_OUT]):,} held out, "
         f"{side}x{side}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}\nfiles: {path} ({stored * per_image / 1e6:,.0f} MB)"
     )
     captions = {split: [images.captions[i] for i in rows[split]] if images.captions is not None else None for split in rows}
-    if is_current(path, vae_fingerprint, images.fingerprint, captions, config):
+    if is_current(path, vae_fingerprint, images.fingerprint, captions, images.label_names, config):
         print(f"{path}: up to date")
         return
     encoder = ClipText(config.text.model, device) if config.text.encoder == "clip" and images.captions is not None else None
@@ -152,14 +152,20 @@ def embed(encoder: ClipText, captions: list[str], batch_size: int) -> CaptionEmb
     return CaptionEmbeddings.of(encoder.model, [embeddings[place[i]] for i in range(len(captions))])
 
 
-def is_current(path: Path, vae_fingerprint: str, data_fingerprint: str, captions: dict, config: Config) -> bool:
+def is_current(
+    path: Path, vae_fingerprint: str, data_fingerprint: str, captions: dict, label_names: dict, config: Config
+) -> bool:
     """Does the file hold what this run would write? A damaged one does not."""
     try:
         there = Encodings.load(path)
     except UserError:
         return False
     fits = there.vae_fingerprint == vae_fingerprint and there.data_fingerprint == data_fingerprint
-    fits = fits and (there.captions, there.held_out_captions) == (captions[TRAIN], captions[HELD_OUT])
+    fits = (
+        fits
+        and there.label_names == label_names
+        and (there.captions, there.held_out_captions) == (captions[TRAIN], captions[HELD_OUT])
+    )
     return fits and not there.differences(config)
 
 

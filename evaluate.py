@@ -25,7 +25,7 @@ import conditions
 import judging
 import parallel
 import sampler_bench
-from artifacts import build, load_weights, require_space, write_atomically
+from artifacts import build, fingerprint, load_weights, require_space, write_atomically
 from config import Config, UserError
 from data import load_images, spread, to_float
 from features import frechet, make_features
@@ -39,8 +39,9 @@ from training import hardware, parameters_of, pick_device, pick_precision
 
 
 def evaluate(config: Config, dry_run: bool) -> None:
-    if parallel.leads():  # one device judges
-        TASKS[config.evaluation.task](config, dry_run)
+    if parallel.size() > 1:
+        raise UserError("evaluate.py works in one process: call it with python, not with torchrun")
+    TASKS[config.evaluation.task](config, dry_run)
 
 
 # Tables
@@ -77,7 +78,7 @@ def generation(config: Config, dry_run: bool) -> None:
          [f"{name}_generation.md", f"{name}_nearest.png"])  # fmt: skip
     if dry_run:
         return
-    images = load_images(config)
+    images = images_of(config, load_vae(config, device)[1])
     held_out = judging.held_out_pixels(images, e.images)
     n = len(held_out)  # as many of each: these distances depend on the number
     training = judging.training_features(config, images, features, e.reference)
@@ -102,16 +103,31 @@ def generation(config: Config, dry_run: bool) -> None:
     ]))  # fmt: skip
 
 
-def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict]:
+def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict, str]:
+    """The VAE, its header and its fingerprint."""
     path = config.run_dir / "vae" / "vae.safetensors"
     tensors, header = load_weights(path, "vae", "train_vae.py")
-    return build(VAE, tensors, header, path).to(device, memory_format=torch.channels_last).eval(), header
+    return (
+        build(VAE, tensors, header, path).to(device, memory_format=torch.channels_last).eval(),
+        header,
+        fingerprint(tensors),
+    )
+
+
+def images_of(config: Config, header: dict):
+    """The images that the VAE with this header was trained on: others have no held-out ones. Raises UserError."""
+    images = load_images(config)
+    if header["data_fingerprint"] != images.fingerprint:
+        raise UserError(
+            f"the VAE of {config.run_dir} was trained on other images ({header['data_fingerprint']}) than data.* describes now ({images.fingerprint}): set data.* back"
+        )
+    return images
 
 
 def reconstruction(config: Config, dry_run: bool) -> None:
     e, p, device = config.evaluation, config.vae.perceptual, pick_device(config.device)
     dtype = pick_precision(e.precision, device)
-    vae, header = load_vae(config, device)
+    vae, header, _ = load_vae(config, device)
     features = make_features(e.features, e.weights, device)
     try:
         perceptual = make_perceptual(p.net, perceptual_weights(p.net, p.weights)).to(device) if p.net != "none" else None
@@ -122,7 +138,7 @@ def reconstruction(config: Config, dry_run: bool) -> None:
          [f"{name}.md", f"{name}.png"])  # fmt: skip
     if dry_run:
         return
-    images = load_images(config)
+    images = images_of(config, header)
     originals = judging.held_out_pixels(images, e.images)
     made = judging.through(vae, originals, e.batch_size, device, dtype)
     figures = judging.fidelity(made, originals)
@@ -148,14 +164,22 @@ def reconstruction(config: Config, dry_run: bool) -> None:
 
 def latents(config: Config, dry_run: bool) -> None:
     e, device = config.evaluation, pick_device(config.device)
-    vae, _ = load_vae(config, device)
+    vae, header, vae_fingerprint = load_vae(config, device)
     encodings = Encodings.load(config.run_dir / "encodings.pt")
+    if encodings.vae_fingerprint != vae_fingerprint:
+        raise UserError(
+            f"{config.run_dir}/encodings.pt was made by another VAE than {config.run_dir}/vae holds: run create_encodings.py"
+        )
     name = f"{config.name}_latents"
     plan(config, f"latent card of {len(encodings.mean):,} training latents", device, torch.float32, [f"{name}.md"])
     if dry_run:
         return
     card = judging.latent_card(
-        vae, encodings.normaliser.to(device), judging.held_out_pixels(load_images(config), e.images), e.batch_size, device
+        vae,
+        encodings.normaliser.to(device),
+        judging.held_out_pixels(images_of(config, header), e.images),
+        e.batch_size,
+        device,
     )
     publish(config, name, device, "\n".join([f"# Latents of {config.name}", "", *card.lines, "", f"**{card.verdict}**"]))
 

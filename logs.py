@@ -32,7 +32,9 @@ class Writers:
                 import wandb
 
                 run_id = re.sub(r"\W+", "-", str(folder.absolute()))  # the same folder goes on with the same run
-            self.wandb = wandb.init(project="nanoldm", id=run_id[-64:], name=str(folder), config=experiment, resume="allow")
+                self.wandb = wandb.init(
+                    project="nanoldm", id=run_id[-64:], name=str(folder), config=experiment, resume="allow"
+                )
 
     def _drop_after(self, step: int) -> None:
         """A run that was killed may have logged steps past its last save; they will be done and logged again."""

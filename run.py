@@ -150,6 +150,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.step, self._minutes_decided)
         share = parallel.share_of(self.settings.batch_size)
+        if not self.leads:  # the batch is drawn: from here on, dropout masks of this process's own
+            torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 % 2**63 + parallel.rank())
         while True:
             try:
                 for start in range(share.start, share.stop, self.micro_batch):

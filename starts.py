@@ -61,8 +61,8 @@ def read_picture(key: str, path: str, size: int) -> np.ndarray:
     """(size, size, 3) uint8"""
     try:
         picture = np.array(decode(Path(path).expanduser().read_bytes()))
-    except OSError as error:  # Pillow's errors are OSErrors too
-        raise UserError(f"{key}: {path} cannot be read ({error.strerror or first_line(error)})") from None
+    except Exception as error:  # no such file, no picture, one that Pillow takes for a bomb
+        raise UserError(f"{key}: {path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
     if picture.shape[:2] != (size, size):
         raise UserError(
             f"{key}: {path} is {picture.shape[1]}x{picture.shape[0]}; this model's pictures are {size}x{size}: crop and resize it"

@@ -44,7 +44,14 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             before = width
-        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 192, 256), nn.ReLU(), nn.Linear(256, sum(self.sizes)))
+        self.net = nn.Sequential(
+            *layers,
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(16 * 192, 256),
+            nn.ReLU(),
+            nn.Linear(256, sum(self.sizes)),
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.net(x).float().split(self.sizes, dim=1)
