@@ -79,6 +79,8 @@ def generation(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
     images = images_of(config, load_vae(config, device)[1])
+    titles = conditions.requested(s, model.unet.conditioner, device).titles
+    asked = f"as many of each of {'; '.join(titles)}" if titles else "no condition"
     held_out = judging.held_out_pixels(images, e.images)
     n = len(held_out)  # as many of each: these distances depend on the number
     training = judging.training_features(config, images, features, e.reference)
@@ -95,6 +97,7 @@ def generation(config: Config, dry_run: bool) -> None:
     publish(config, f"{name}_generation", device, "\n\n".join([
         f"# Generated images of {config.name}, {config.diffusion_name}: {s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
         f"Against {len(training):,} training images ({config.data.source}, crop {config.data.crop}, {config.data.image_size} px), in features of **{features.name}**.",
+        f"Drawn under: {asked}.",
         table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in rows]),
         f"Error budget: of the {by['generated'] - perfect:.1f} that generated images are farther than held-out ones, the VAE costs {vae - perfect:.1f} and the "
         f"U-Net and its sampler {by['generated'] - vae:.1f}. Generated images score {by['generated'] / perfect:.2f} times what held-out ones score.",
