@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Callable
 
 import torch
@@ -45,20 +47,27 @@ def settings_for(config: Config, encodings: Encodings) -> dict | None:
     if encodings.captions is None:
         raise UserError(f"diffusion.condition=text: the images of {path} have no captions")
     if config.text.encoder == "words":
-        vocabulary = vocabulary_of(encodings.captions)
-        return dict(kind="words", vocabulary=vocabulary, width=config.text.width, layers=config.text.layers, max_words=config.text.max_words)  # fmt: skip
+        vocabulary, pairs = vocabulary_of(encodings.captions)
+        return dict(kind="words", vocabulary=vocabulary, width=config.text.width, layers=config.text.layers, max_words=config.text.max_words, pairs=pairs)  # fmt: skip
     embeddings = encodings.text
     return dict(kind="text", model=embeddings.model, token_dim=embeddings.width, null_length=len(embeddings.null()))
 
 
-def vocabulary_of(captions: list[list[str]]) -> list[str]:
-    """The words that occur in at least RARE captions, in the order of the alphabet; the most frequent MOST_WORDS of them."""
-    counts: dict[str, int] = {}
-    for texts in captions:
-        for text in texts:
-            for word in set(words_of(text)):
-                counts[word] = counts.get(word, 0) + 1
-    kept = sorted((word for word, n in counts.items() if n >= RARE), key=lambda word: (-counts[word], word))
+def vocabulary_of(captions: list[list[str]]) -> tuple[list[str], list[str]]:
+    """The words, and the pairs of words side by side ("red shirt"), that occur in at least RARE captions, in the order of the
+    alphabet; the most frequent MOST_WORDS of either."""
+    words, pairs = Counter(), Counter()
+    for text in chain.from_iterable(captions):
+        said = words_of(text)
+        words.update(set(said))
+        pairs.update(set(pairwise(said)))
+    vocabulary = _frequent(words)
+    known = set(vocabulary)
+    return vocabulary, [f"{a} {b}" for a, b in _frequent(pairs) if a in known and b in known]
+
+
+def _frequent(counts: Counter) -> list:
+    kept = sorted((item for item, n in counts.items() if n >= RARE), key=lambda item: (-counts[item], item))
     return sorted(kept[:MOST_WORDS])
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.layers import zero
 from models.transformer import EncoderBlock
 
 Raw = tuple[Tensor, ...]
@@ -73,20 +74,38 @@ class Words(Conditioner):
     """Captions as numbers of words (B, L) int64 -> tokens by a small transformer, trained with the U-Net.
 
     0 is padding, which nothing attends to, 1 the start of every caption, 2 a word that is not in the vocabulary. The null
-    is the caption without words.
+    is the caption without words. To time goes what the transformer makes of the whole, and directly a vector for each word and
+    for each of `pairs`, "red shirt", that stands in the caption (as fastText reads a text: Joulin et al. 2017, §2).
     """
 
     PADDING, START, UNKNOWN, FIRST_WORD = 0, 1, 2, 3
 
-    def __init__(self, vocabulary: list[str], emb_dim: int, width: int = 128, layers: int = 2, max_words: int = 32):
+    def __init__(
+        self,
+        vocabulary: list[str],
+        emb_dim: int,
+        width: int = 128,
+        layers: int = 2,
+        max_words: int = 32,
+        pairs: list[str] = (),
+    ):
         super().__init__()
         self.vocabulary, self.max_words, self.token_dim = vocabulary, max_words, width
         self.numbers = {word: i for i, word in enumerate(vocabulary, start=self.FIRST_WORD)}
-        self.table = nn.Embedding(self.FIRST_WORD + len(vocabulary), width)
+        self.size = self.FIRST_WORD + len(vocabulary)
+        self.table = nn.Embedding(self.size, width)
         self.positions = nn.Parameter(0.02 * torch.randn(max_words + 1, width))
         self.blocks = nn.ModuleList(EncoderBlock(width, max(1, width // 64)) for _ in range(layers))
         self.norm, self.to_emb = nn.LayerNorm(width), nn.Linear(width, emb_dim)
         nn.init.normal_(self.table.weight, std=0.1)
+        self.direct = zero(nn.Embedding(self.size + len(pairs) + 1, emb_dim))  # words, pairs, and any other pair
+        firsts, seconds = zip(*(pair.split() for pair in pairs)) if pairs else ((), ())
+        keys = torch.tensor(
+            [self.numbers[a] * self.size + self.numbers[b] for a, b in zip(firsts, seconds)] + [self.size**2]
+        )
+        keys, order = keys.sort()  # the last is no pair of words
+        self.register_buffer("pair_keys", keys, persistent=False)
+        self.register_buffer("pair_rows", self.size + order, persistent=False)
 
     def forward(self, numbers: Tensor) -> Condition:
         mask = numbers != self.PADDING
@@ -95,7 +114,16 @@ class Words(Conditioner):
             tokens = block(tokens, mask)
         tokens = self.norm(tokens)
         share = mask[:, :, None] / mask.sum(dim=1)[:, None, None]
-        return Condition(self.to_emb((tokens * share).sum(dim=1)), tokens, mask)
+        emb = self.to_emb((tokens * share).sum(dim=1))
+        for rows, there in ((numbers, mask), (self._rows_of_pairs(numbers), mask[:, 1:])):
+            emb = emb + (self.direct(rows) * there[:, :, None]).sum(dim=1)
+        return Condition(emb, tokens, mask)
+
+    def _rows_of_pairs(self, numbers: Tensor) -> Tensor:
+        """(B, L) -> (B, L - 1), the row in the direct table of each word with the one before it."""
+        keys = numbers[:, :-1] * self.size + numbers[:, 1:]
+        places = torch.searchsorted(self.pair_keys, keys)
+        return torch.where(self.pair_keys[places] == keys, self.pair_rows[places], self.direct.num_embeddings - 1)
 
     def null_like(self, raw: Raw) -> Raw:
         null = torch.full_like(raw[0], self.PADDING)

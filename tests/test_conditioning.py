@@ -85,14 +85,35 @@ def test_words_by_hand():
 
 
 def test_the_vocabulary_is_of_words_that_return():
-    captions = [["a red dog", "a dog"], ["a cat"], ["red cat, a very red cat"]]
-    assert conditions.vocabulary_of(captions) == ["a", "cat", "dog", "red"]  # very: once
+    captions = [["a red dog", "a dog"], ["a cat"], ["red cat, a very red cat", "red cat"]]
+    words, pairs = conditions.vocabulary_of(captions)
+    assert words == ["a", "cat", "dog", "red"]  # very: once
+    assert pairs == ["red cat"]  # of two captions; "a red", "red dog" and the others stand in one each
+
+
+def test_words_and_pairs_go_to_time_directly():
+    """What a caption adds beside the transformer's part: its words' and its known pairs' rows, each as often as it stands there."""
+    words = noisy(Words(["dog", "hat", "red"], 5, width=8, pairs=["red hat", "dog red"]))
+    plain = Words(["dog", "hat", "red"], 5, width=8)
+    plain.load_state_dict({**words.state_dict(), "direct.weight": torch.zeros(7, 5)})
+    row = words.direct.weight
+    start, dog, hat, red, red_hat, dog_red, other = row[1], row[3], row[4], row[5], row[6], row[7], row[8]
+    for caption, sum_of_rows in {
+        "red hat": start + red + hat + other + red_hat,  # the pair (start, red) is no known one
+        "dog red hat": start + dog + red + hat + other + dog_red + red_hat,
+        "hat red": start + hat + red + other + other,
+        "": start,
+    }.items():
+        padded = words.encode([caption])[0]
+        with torch.no_grad():
+            for n in (padded, padded[:, : (padded > 0).sum()]):
+                torch.testing.assert_close(words(n).emb - plain(n).emb, sum_of_rows[None], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["words", "text"])
 def test_padding_is_never_attended_to(kind):
     """The same captions padded more: the same prediction. And the padding's content does not matter."""
-    settings = {"kind": "words", "vocabulary": list("abcdefgh"), "width": 16, "max_words": 12} if kind == "words" else \
+    settings = {"kind": "words", "vocabulary": list("abcdefgh"), "pairs": ["a b", "d e"], "width": 16, "max_words": 12} if kind == "words" else \
         {"kind": "text", "model": "none", "token_dim": 16, "null_length": 2}  # fmt: skip
     net = unet(conditioning=settings, cross_attention=[8, 4])
     z, t = batch(2)
@@ -110,11 +131,14 @@ def test_padding_is_never_attended_to(kind):
 
 
 def test_the_order_of_the_vocabulary_does_not_matter():
-    net = unet(conditioning={"kind": "words", "vocabulary": ["cat", "dog", "red"], "width": 16}, cross_attention=[4])
-    turned = unet(conditioning={"kind": "words", "vocabulary": ["red", "cat", "dog"], "width": 16}, cross_attention=[4])
+    def of(vocabulary, pairs):
+        return unet(conditioning=dict(kind="words", vocabulary=vocabulary, pairs=pairs, width=16), cross_attention=[4])
+
+    net, turned = of(["a", "cat", "dog", "red"], ["a cat", "red dog"]), of(["red", "cat", "a", "dog"], ["red dog", "a cat"])
     turned.load_state_dict(net.state_dict())
     with torch.no_grad():
-        turned.conditioner.table.weight[3:] = net.conditioner.table.weight[[5, 3, 4]]
+        turned.conditioner.table.weight[3:] = net.conditioner.table.weight[[6, 4, 3, 5]]
+        turned.conditioner.direct.weight[3:] = net.conditioner.direct.weight[[6, 4, 3, 5, 8, 7, 9]]
         z, t = batch(2)
         a, b = (n(z, t, (n.conditioner.encode(["red dog", "a cat"])[0],)) for n in (net, turned))
     assert torch.equal(a, b)
