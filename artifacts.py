@@ -121,14 +121,19 @@ def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor]
     return tensors, header
 
 
-def build(network: type[torch.nn.Module], tensors: dict[str, Tensor], header: dict, path: Path) -> torch.nn.Module:
-    """The network that a weights file describes, with its weights. Raises UserError if the two do not fit."""
+def load_network(
+    network: type[torch.nn.Module], path: Path, kind: str, made_by: str, device: torch.device
+) -> tuple[torch.nn.Module, dict, dict[str, Tensor]]:
+    """The network that a weights file describes, frozen and on the device; the header; and the file's other tensors, whose
+    names begin with "normaliser.". Raises UserError."""
+    tensors, header = load_weights(path, kind, made_by)
+    extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("normaliser.")}
     try:
         net = network(**header["settings"])
         net.load_state_dict(tensors, strict=True)
     except Exception as error:  # settings that are no settings, missing or misshapen tensors
         raise UserError(f"{path}: its tensors do not fit the network its header describes ({first_line(error)})") from None
-    return net
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), header, extra
 
 
 # Plain .pt files: dictionaries of tensors, numbers and strings

@@ -56,7 +56,8 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 def answer_early(doc: str) -> None:
     """Answer --help and a wrong config before torch is imported, which takes seconds."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(doc) if LEADS else "")
+        if LEADS:
+            print(help_text(doc))
         sys.exit(0)
     try:
         parse(sys.argv[1:])

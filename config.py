@@ -77,6 +77,7 @@ class Training(Section):
     micro_batch: Union[Literal["auto"], PositiveInt] = key(
         "auto", "images per forward and backward pass, gradients being summed; auto: halve until it fits the GPU's memory"
     )
+    checkpointing: bool = key(False, "recompute activations in the backward pass: far less memory, about a third more time")
     lr: PositiveFloat = key(2e-4, "learning rate of AdamW after warm-up")
     lr_decay: Literal["none", "cosine"] = key("none", "cosine: fall to a tenth of lr at the last step, or at max_minutes")
     warmup: Count = key(500, "steps over which lr rises linearly from 0")
@@ -249,6 +250,9 @@ class Config(Section):
     seed: Seed = key(0, "seed of training")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = key("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bf16 where the hardware has it, else float32")
+    compile: Union[Literal["auto"], bool] = key(
+        "auto", "torch.compile: true; false; auto: the networks in training on CUDA, where the minutes come back"
+    )
     runs_dir: str = key("runs", "working files")
     results_dir: str = key("results", "grids")
     data: Data = Data()

@@ -10,7 +10,9 @@ import cli
 if __name__ == "__main__":
     cli.answer_early(__doc__)
 
+import hashlib
 import shutil
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -18,15 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parallel
-from artifacts import build, fingerprint, load_plain, load_weights, require_space, save_plain
+from artifacts import fingerprint, load_plain, require_space, save_plain
 from clip import ClipText
 from config import Config, UserError
-from data import PixelBatches, load_images
+from data import to_float
+from feed import Feed
 from latent_cache import CaptionEmbeddings, Encodings
+from latent_diffusion import images_of, load_vae, vae_path
 from models.latents import Normaliser
-from models.vae import VAE
 from sources import HELD_OUT, TRAIN
-from training import autocast, pick_device, pick_precision
+from training import autocast, compile_networks, pick_device, pick_precision
 
 PART = 8192  # images encoded between two writes
 
@@ -34,18 +37,14 @@ PART = 8192  # images encoded between two writes
 def encode(config: Config, dry_run: bool) -> None:
     s, device = config.encodings, pick_device(config.device)
     dtype = pick_precision(config.precision, device)
-    path, vae_path = config.run_dir / "encodings.pt", config.run_dir / "vae" / "vae.safetensors"
-    tensors, header = load_weights(vae_path, "vae", "train_vae.py")
-    vae = build(VAE, tensors, header, vae_path).to(device, memory_format=torch.channels_last).eval()
-    vae_fingerprint = fingerprint(tensors)
-    images = load_images(config)
-    if header["data_fingerprint"] != images.fingerprint:
-        raise UserError(
-            f"{vae_path} was trained on other images ({header['data_fingerprint']}) than data.* describes now ({images.fingerprint}): "
-            f"set data.* back, or give this experiment another name and run train_vae.py"
-        )
+    path = config.run_dir / "encodings.pt"
+    vae, header = load_vae(config, device)
+    vae_fingerprint = fingerprint(vae.state_dict())
+    images = images_of(config, header)
     if not header["complete"]:
-        print(f"note: {vae_path} stopped at step {header['step']:,} of {header['steps']:,}; train_vae.py goes on from there")
+        print(
+            f"note: {vae_path(config)} stopped at step {header['step']:,} of {header['steps']:,}; train_vae.py goes on from there"
+        )
     rows = {split: images.rows(split) for split in (TRAIN, HELD_OUT)}
     side = header["image_size"] // vae.downsampling
     per_image = side * side * vae.latent_channels * 2  # bytes
@@ -67,13 +66,16 @@ def encode(config: Config, dry_run: bool) -> None:
         return
 
     # Parts of PART images are written as they come, by whichever process they fall to: what an interruption leaves is not lost.
-    made_of = fingerprint(
-        {"": torch.frombuffer(bytearray(f"{vae_fingerprint}{images.fingerprint}{s.dtype}", "utf-8"), dtype=torch.uint8)}
-    )
-    scratch = config.run_dir / f"encodings.parts-{made_of}"
+    made_of = hashlib.sha256(f"{vae_fingerprint}{images.fingerprint}{s.dtype}".encode())
+    scratch = config.run_dir / f"encodings.parts-{made_of.hexdigest()[:16]}"
+    if config.compile is True:  # a pass is over before compiling pays
+        compile_networks(True, device, vae.encoder)
+    pixels = Feed([torch.from_numpy(images.pixels)], device)
+    print(f"pixels: {pixels}")
 
     def encode_parts(split: int, flip: bool, title: str) -> list[Path]:
-        n, batches = len(rows[split]), PixelBatches(images.pixels, rows[split], device)
+        theirs = torch.from_numpy(rows[split])
+        n = len(theirs)
         files = {start: scratch / f"{title.replace(' ', '-')}-{start:09d}.pt" for start in range(0, n, PART)}
         mine = list(files.items())[parallel.rank() :: parallel.size()]
         with torch.no_grad(), tqdm(total=sum(min(PART, n - start) for start, _ in mine), desc=title, unit="img") as bar:
@@ -83,15 +85,16 @@ def encode(config: Config, dry_run: bool) -> None:
                     bar.update(stop - start)
                     continue
                 part = torch.empty(stop - start, vae.latent_channels, side, side, dtype=getattr(torch, s.dtype))
-                for first in range(start, stop, s.batch_size):
-                    x = batches.take(torch.arange(first, min(first + s.batch_size, stop)))
+                batches = theirs[start:stop].split(s.batch_size)
+                for first, batch, then in zip(count(start, s.batch_size), batches, [*batches[1:], None]):
+                    x = to_float(pixels.take(batch, then))
                     with autocast(device, dtype):
                         mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
                     part[first - start : first - start + len(x)] = mean.to(part.dtype)
                     bar.update(len(x))
                 if not torch.isfinite(part).all():
                     raise UserError(
-                        f"{vae_path} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL"
+                        f"{vae_path(config)} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL"
                     )
                 save_plain(file, {"mean": part})
         return list(files.values())
@@ -110,7 +113,7 @@ def encode(config: Config, dry_run: bool) -> None:
     try:
         normaliser = Normaliser.measure(mean, s.normalise)
     except ValueError as error:
-        raise UserError(f"{vae_path}: {error}") from None
+        raise UserError(f"{vae_path(config)}: {error}") from None
     labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
     text = (
         embed(encoder, [text for split in rows for texts in captions[split] for text in texts], s.batch_size)

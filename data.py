@@ -203,22 +203,8 @@ class Shuffle:
         positions = torch.arange(start, start + count)
         first, last = start // self.n, (start + count - 1) // self.n
         self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in range(first, last + 1)}
-        items = torch.cat([self._epochs[e] for e in range(first, last + 1)])
+        items = self._epochs[first] if first == last else torch.cat([self._epochs[e] for e in range(first, last + 1)])
         return items[positions - first * self.n]
 
     def _permutation(self, epoch: int) -> Tensor:
         return torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-
-
-class PixelBatches:
-    """Batches of float images in [-1, 1] from a uint8 array (N, H, W, 3), kept on the device where it fits."""
-
-    def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device):
-        self.pixels, self.rows, self.device = torch.from_numpy(pixels), torch.from_numpy(rows), device
-        if device.type == "cuda" and pixels[:1].nbytes * len(rows) < 0.4 * torch.cuda.mem_get_info(device)[0]:
-            self.pixels, self.rows = self.pixels[self.rows].to(device), torch.arange(len(rows))
-
-    def take(self, indices: Tensor) -> Tensor:
-        """Images (B, 3, H, W) at positions among the rows."""
-        pixels = self.pixels[self.rows[indices].to(self.pixels.device, non_blocking=True)]
-        return to_float(pixels.to(self.device, non_blocking=True))

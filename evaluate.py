@@ -25,14 +25,13 @@ import conditions
 import judging
 import parallel
 import sampler_bench
-from artifacts import build, fingerprint, load_weights, require_space, write_atomically
+from artifacts import require_space, write_atomically
 from config import Config, UserError
-from data import load_images, spread, to_float
+from data import spread, to_float
 from features import frechet, make_features
 from latent_cache import Encodings
-from latent_diffusion import LatentDiffusion
+from latent_diffusion import LatentDiffusion, encodings_by, images_of, load_vae
 from models.losses import make_perceptual, perceptual_weights
-from models.vae import VAE
 from pictures import pairs, save_png
 from sources import TRAIN
 from training import hardware, parameters_of, pick_device, pick_precision
@@ -78,7 +77,7 @@ def generation(config: Config, dry_run: bool) -> None:
          [f"{name}_generation.md", f"{name}_nearest.png"])  # fmt: skip
     if dry_run:
         return
-    images = images_of(config, load_vae(config, device)[1])
+    images = images_of(config, model.vae_header)
     titles = conditions.requested(s, model.unet.conditioner, device).titles
     asked = f"as many of each of {'; '.join(titles)}" if titles else "no condition"
     held_out = judging.held_out_pixels(images, e.images)
@@ -106,31 +105,10 @@ def generation(config: Config, dry_run: bool) -> None:
     ]))  # fmt: skip
 
 
-def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict, str]:
-    """The VAE, its header and its fingerprint."""
-    path = config.run_dir / "vae" / "vae.safetensors"
-    tensors, header = load_weights(path, "vae", "train_vae.py")
-    return (
-        build(VAE, tensors, header, path).to(device, memory_format=torch.channels_last).eval(),
-        header,
-        fingerprint(tensors),
-    )
-
-
-def images_of(config: Config, header: dict):
-    """The images that the VAE with this header was trained on: others have no held-out ones. Raises UserError."""
-    images = load_images(config)
-    if header["data_fingerprint"] != images.fingerprint:
-        raise UserError(
-            f"the VAE of {config.run_dir} was trained on other images ({header['data_fingerprint']}) than data.* describes now ({images.fingerprint}): set data.* back"
-        )
-    return images
-
-
 def reconstruction(config: Config, dry_run: bool) -> None:
     e, p, device = config.evaluation, config.vae.perceptual, pick_device(config.device)
     dtype = pick_precision(e.precision, device)
-    vae, header, _ = load_vae(config, device)
+    vae, header = load_vae(config, device)
     features = make_features(e.features, e.weights, device)
     try:
         perceptual = make_perceptual(p.net, perceptual_weights(p.net, p.weights)).to(device) if p.net != "none" else None
@@ -167,12 +145,8 @@ def reconstruction(config: Config, dry_run: bool) -> None:
 
 def latents(config: Config, dry_run: bool) -> None:
     e, device = config.evaluation, pick_device(config.device)
-    vae, header, vae_fingerprint = load_vae(config, device)
-    encodings = Encodings.load(config.run_dir / "encodings.pt")
-    if encodings.vae_fingerprint != vae_fingerprint:
-        raise UserError(
-            f"{config.run_dir}/encodings.pt was made by another VAE than {config.run_dir}/vae holds: run create_encodings.py"
-        )
+    vae, header = load_vae(config, device)
+    encodings = encodings_by(vae, config)
     name = f"{config.name}_latents"
     plan(config, f"latent card of {len(encodings.mean):,} training latents", device, torch.float32, [f"{name}.md"])
     if dry_run:

@@ -24,7 +24,6 @@ from sampling import make_denoiser
 from sources import HELD_OUT, TEST, TRAIN
 from training import autocast
 
-BINS = 10  # of timesteps
 DEAD_STD, TAIL_KURTOSIS, ENOUGH_PSNR = 0.1, 10.0, 24.0  # what makes the latent card say NO-GO
 NEIGHBOURS = 3  # training images shown beside a generated one
 
@@ -190,9 +189,8 @@ def loss_by_bin(model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: 
     schedule, generator = model.schedule, torch.Generator().manual_seed(0)
     net, prediction = model.unet, model.header["prediction"]
     rows = []
-    for b in range(BINS):
-        low, high = b * schedule.timesteps // BINS, (b + 1) * schedule.timesteps // BINS - 1
-        t = torch.linspace(low, high, len(z)).round().long()
+    for first, last in schedule.bins():
+        t = torch.linspace(first, last, len(z)).round().long()
         eps = torch.randn(z.shape, generator=generator).to(z.device)
         alpha, sigma = (f(t).float().to(z.device)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
         z_t, errors = alpha * z + sigma * eps, []
@@ -205,5 +203,5 @@ def loss_by_bin(model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: 
             errors.append((denoise(z_t[part], t[part].to(z.device)) - z[part]).square().mean(dim=(1, 2, 3)))
         guess = (sigma**2 / (alpha**2 + sigma**2)).flatten()
         error = torch.cat(errors)
-        rows.append((low, high, float(error.mean()), float((error / guess).mean())))
+        rows.append((first, last, float(error.mean()), float((error / guess).mean())))
     return rows

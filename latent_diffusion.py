@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from artifacts import build, fingerprint, load_weights
+from artifacts import fingerprint, load_network
 from config import Config, Sampling, UserError
+from data import Images, load_images
 from latent_cache import Encodings
 from models.conditioning import Raw
 from models.latents import Normaliser
@@ -14,26 +15,25 @@ from models.schedules import make_schedule
 from models.unet import UNet
 from models.vae import VAE
 from sampling import Denoise, Threshold, guided, make_denoiser
-from training import autocast
+from training import autocast, compile_networks
 
 
 class LatentDiffusion:
     """The EMA weights of both networks on a device. Raises UserError for files that are missing, damaged or do not fit.
 
-    header   of unet.safetensors: schedule, prediction, how far it was trained
+    header   of unet.safetensors: schedule, prediction, how far it was trained;  vae_header  of vae.safetensors
     shape    (C, h, w) of a latent;  image_size  pixels
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        vae_path = config.run_dir / "vae" / "vae.safetensors"
         self.path = config.run_dir / config.diffusion_name / "unet.safetensors"
-        vae_tensors, vae_header = load_weights(vae_path, "vae", "train_vae.py")
-        unet_tensors, self.header = load_weights(self.path, "unet", "train_diffusion.py")
-        if self.header["vae_fingerprint"] != fingerprint(vae_tensors):
+        self.vae, self.vae_header = load_vae(config, device)
+        self.unet, self.header, extra = load_network(UNet, self.path, "unet", "train_diffusion.py", device)
+        if self.header["vae_fingerprint"] != fingerprint(self.vae.state_dict()):
             raise UserError(
-                f"{self.path} was trained on encodings of another VAE ({self.header['vae_fingerprint']}) than {vae_path} holds "
-                f"({fingerprint(vae_tensors)}): run create_encodings.py and train_diffusion.py"
+                f"{self.path} was trained on encodings of another VAE ({self.header['vae_fingerprint']}) than {vae_path(config)} holds "
+                f"({fingerprint(self.vae.state_dict())}): run create_encodings.py and train_diffusion.py"
             )
         if not self.header["complete"]:
             print(
@@ -41,15 +41,14 @@ class LatentDiffusion:
             )
         check_encodings(config, self.path, self.header)
         try:
-            self.normaliser = Normaliser.from_state_dict(unet_tensors, "normaliser.").to(device)
+            self.normaliser = Normaliser.from_state_dict(extra, "normaliser.").to(device)
             self.schedule = make_schedule(self.header["schedule"], self.header["timesteps"])
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is not as this version writes it ({error!r}): train it again") from None
-        net_tensors = {name: value for name, value in unet_tensors.items() if not name.startswith("normaliser.")}
-        self.vae = build(VAE, vae_tensors, vae_header, vae_path).to(device, memory_format=torch.channels_last).eval()
-        self.unet = build(UNet, net_tensors, self.header, self.path).to(device, memory_format=torch.channels_last).eval()
         self.weaker = self._load_weaker(config.sampling)
-        self.image_size = vae_header["image_size"]
+        if config.compile is True:  # by "auto" not: a grid is drawn before compiling pays
+            compile_networks(True, device, self.unet, self.vae.decoder)
+        self.image_size = self.vae_header["image_size"]
         settings = self.header["settings"]
         self.shape = (settings["channels"], settings["size"], settings["size"])
 
@@ -88,7 +87,7 @@ class LatentDiffusion:
                 )
             return None
         path = Path(s.autoguidance)
-        tensors, header = load_weights(path, "unet", "train_diffusion.py with diffusion.snapshot_every")
+        weaker, header, _ = load_network(UNet, path, "unet", "train_diffusion.py with diffusion.snapshot_every", self.device)
         for key in ("encodings_fingerprint", "schedule", "timesteps", "prediction"):
             if header[key] != self.header[key]:
                 raise UserError(
@@ -96,8 +95,7 @@ class LatentDiffusion:
                 )
         if header["settings"].get("conditioning") != self.header["settings"].get("conditioning"):
             raise UserError(f"sampling.autoguidance: {path} is conditioned otherwise than {self.path}")
-        net_tensors = {name: value for name, value in tensors.items() if not name.startswith("normaliser.")}
-        return build(UNet, net_tensors, header, path).to(self.device, memory_format=torch.channels_last).eval()
+        return weaker
 
     def threshold(self, x0_clamp: str | float) -> Threshold | None:
         """The bound on clean estimates that sampling.x0_clamp asks for."""
@@ -120,6 +118,38 @@ class LatentDiffusion:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w): posterior means, scaled."""
         with autocast(self.device, self.dtype):
             return self.normaliser.normalise(self.vae.encode(images.to(self.device)).mean)
+
+
+def vae_path(config: Config) -> Path:
+    return config.run_dir / "vae" / "vae.safetensors"
+
+
+def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict]:
+    """The frozen VAE of this experiment, and the header of its file. Raises UserError."""
+    vae, header, _ = load_network(VAE, vae_path(config), "vae", "train_vae.py", device)
+    return vae, header
+
+
+def encodings_by(vae: VAE, config: Config) -> Encodings:
+    """The encodings of this experiment, made by this VAE. Raises UserError."""
+    path, now = config.run_dir / "encodings.pt", fingerprint(vae.state_dict())
+    encodings = Encodings.load(path)
+    if encodings.vae_fingerprint != now:
+        raise UserError(
+            f"{path} was made by another VAE ({encodings.vae_fingerprint}) than {vae_path(config)} holds ({now}): run create_encodings.py"
+        )
+    return encodings
+
+
+def images_of(config: Config, vae_header: dict) -> Images:
+    """The images that the VAE with this header was trained on: others have no held-out ones. Raises UserError."""
+    images = load_images(config)
+    if vae_header["data_fingerprint"] != images.fingerprint:
+        raise UserError(
+            f"{vae_path(config)} was trained on other images ({vae_header['data_fingerprint']}) than data.* describes now ({images.fingerprint}): "
+            f"set data.* back, or give this experiment another name and run train_vae.py"
+        )
+    return images
 
 
 def check_encodings(config: Config, unet_path: Path, header: dict) -> None:

@@ -1,8 +1,8 @@
 """Several processes, one experiment: `torchrun --nproc-per-node N train_diffusion.py …`. One process needs none of this.
 
 Every process draws the same batch, works on its share of it, and the gradients are summed: the result is that of one
-process, to rounding, but for dropout, whose masks are drawn for each share. Rank 0 alone decides, writes and speaks. Commands are given and results gathered on the CPU (gloo),
-gradients summed where they lie (nccl on CUDA).
+process, to rounding, but for dropout, whose masks are drawn for each share. Rank 0 alone decides, writes and speaks.
+Commands are given and results gathered on the CPU (gloo), gradients summed where they lie (nccl on CUDA).
 """
 
 import datetime
@@ -41,20 +41,11 @@ def leave() -> None:
 
 def wait() -> None:
     """Until all have come here."""
-    tell(None)
-
-
-def tell(what: Any) -> Any:
-    """What rank 0 says, to all."""
-    if size() == 1:
-        return what
-    said = [what]
-    dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
-    return said[0]
+    tell_numbers([0.0])
 
 
 def tell_numbers(numbers: list[float]) -> list[float]:
-    """The same for a few numbers, fast enough for every step."""
+    """A few numbers that rank 0 says, to all; fast enough for every step."""
     if size() == 1:
         return numbers
     said = torch.tensor(numbers, dtype=torch.float64)

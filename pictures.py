@@ -69,7 +69,7 @@ def plot_curves(folder: Path) -> Path:
     series: dict[str, dict[str, list]] = {}  # panel -> train | held_out | "" -> [(step, value), …]
     for line in lines:
         for name, value in line.items():
-            if name not in ("step", "images_seen", "minutes"):
+            if name not in ("step", "images_seen", "minutes", "seconds_to_first_step"):
                 origin, _, panel = name.rpartition("/")
                 series.setdefault(panel, {}).setdefault(origin, []).append((line["step"], value))
     cols = 3

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "steps",
     "max_minutes",
     "micro_batch",
+    "checkpointing",
     "log_every",
     "eval_every",
     "save_minutes",
@@ -184,6 +185,8 @@ class Run:
         self._parts = []
         self._summed += 1
         self.step += 1
+        if self.step == self._first_step + 1:
+            self._report_first_step(norm)
         self._decide()
         self._bar.update()
 
@@ -228,6 +231,14 @@ class Run:
                        f"{kept}. Try a smaller lr, or precision=float32")  # fmt: skip
 
     # Logging
+
+    def _report_first_step(self, norm: Tensor) -> None:
+        """It compiles, chooses kernels and touches all memory for the first time: apart from the rate, and outside of it."""
+        float(norm)  # waits for the device
+        seconds = time.monotonic() - self._started
+        if seconds > 5:
+            self.say(f"the first step took {seconds:.0f} s")
+        self.log({"seconds_to_first_step": round(seconds, 3)})
 
     def report(self) -> None:
         """Write the averages since the last report: progress bar, metrics.jsonl, TensorBoard. Raises Diverged."""
@@ -325,10 +336,8 @@ class Run:
         state = load_plain(path, remedy)
         try:
             before = json.loads(state["experiment"])
-            for section in before.keys() & {
-                "vae",
-                "diffusion",
-            }:  # a setting that is newer than the state had its default then
+            for section in before.keys() & {"vae", "diffusion"}:
+                # A setting that is newer than the state had its default then.
                 before[section] = {**type(self.settings)().model_dump(), **before[section]}
             differing = _differences(before, json.loads(json.dumps(self.experiment)))
             if not differing:

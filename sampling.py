@@ -250,11 +250,6 @@ class Threshold:
         """How many values were clamped, and how many were seen."""
         return int(self._clamped), self._seen
 
-    @property
-    def share(self) -> float:
-        """Share of the values seen so far that were clamped, 0 … 1."""
-        return self.counts[0] / max(self._seen, 1)
-
 
 def as_threshold(x0_range) -> Callable[[Tensor], Tensor]:
     """None, a number (±), a pair (low, high) or a Threshold -> a function that bounds z0_hat."""

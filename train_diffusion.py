@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import conditions
-from artifacts import build, fingerprint, load_weights, require_space
+from artifacts import require_space
 from config import Config, Diffusion, UserError
 from data import Shuffle, spread, to_uint8
-from latent_cache import Encodings
+from feed import Feed
+from latent_diffusion import encodings_by, load_vae
 from models.conditioning import Raw
 from models.schedules import Schedule, make_schedule, min_snr_weight, target
 from models.unet import UNet
@@ -24,23 +25,26 @@ from models.vae import VAE
 from pictures import grid
 from run import Run, experiment_of
 from sampling import image_generators, make_denoiser, randn, sample
-from training import STATE_BYTES, TRAINING_BYTES, autocast, parameters_of, pick_device, pick_precision, require_memory
+from training import (
+    STATE_BYTES,
+    TRAINING_BYTES,
+    autocast,
+    compile_networks,
+    parameters_of,
+    pick_device,
+    pick_precision,
+    require_memory,
+)
 
 EVAL_LATENTS = 256  # held-out latents measured while training, each once per bin
-BINS = 10  # of timesteps
 
 
 def train(config: Config, dry_run: bool) -> None:
     s, device = config.diffusion, pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     folder = config.run_dir / config.diffusion_name
-    encodings = Encodings.load(config.run_dir / "encodings.pt")
-    vae, vae_fingerprint = load_vae(config, device)
-    if vae_fingerprint != encodings.vae_fingerprint:
-        raise UserError(
-            f"{config.run_dir}/encodings.pt was made by another VAE ({encodings.vae_fingerprint}) than {config.run_dir}/vae holds "
-            f"({vae_fingerprint}): run create_encodings.py"
-        )
+    vae, _ = load_vae(config, device)
+    encodings = encodings_by(vae, config)
     if encodings.differences(config):
         raise UserError(
             f"{config.run_dir}/encodings.pt: {'; '.join(encodings.differences(config))}: run create_encodings.py, or set it back"
@@ -75,10 +79,10 @@ def train(config: Config, dry_run: bool) -> None:
         return
 
     normaliser = encodings.normaliser.to(device)
-    # Mirrored encodings behind the others: image i is row i or row n + i. All of it on the device: 2 bytes a value.
-    latents = torch.cat([encodings.mean, encodings.mean_flipped]) if encodings.mean_flipped is not None else encodings.mean
-    latents = latents.to(device)
-    order = Shuffle(n, config.seed)
+    # Mirrored encodings behind the others: image i is row i or row n + i, and an epoch holds both.
+    latents = Feed([encodings.mean] + ([encodings.mean_flipped] if encodings.mean_flipped is not None else []), device)
+    order = Shuffle(sum(map(len, latents.parts)), config.seed)
+    print(f"latents: {latents}")
     alphas, sigmas = schedule.tables(device)
     shown = spread(torch.arange(len(encodings.held_out)), EVAL_LATENTS)
     held_out = normaliser.normalise(encodings.held_out[shown].to(device))
@@ -93,10 +97,12 @@ def train(config: Config, dry_run: bool) -> None:
 
     header = dict(
         kind="unet", settings=unet.settings, schedule=s.schedule, timesteps=s.timesteps, prediction=s.prediction, ema=s.ema,
-        vae_fingerprint=vae_fingerprint, encodings_fingerprint=encodings.fingerprint,
+        vae_fingerprint=encodings.vae_fingerprint, encodings_fingerprint=encodings.fingerprint,
     )  # fmt: skip
     extra = encodings.normaliser.state_dict("normaliser.")
 
+    unet.checkpointing = s.checkpointing
+    compile_networks(config.compile, device, unet)
     with Run(folder, unet, s, experiment, config.seed, config.logging, "unet.safetensors", header, extra) as run:
         if run.over:
             print(f"{folder}: already trained, {run.step:,} steps in {run.minutes:.1f} minutes")
@@ -107,10 +113,14 @@ def train(config: Config, dry_run: bool) -> None:
             if run.due(s.eval_every) and run.leads:
                 losses = held_out_losses(run.ema.net, held_out, held_out_raw, schedule, s, dtype)
                 run.log(
-                    {"held_out/loss": sum(losses) / BINS, **{f"held_out/loss_bin{b}": loss for b, loss in enumerate(losses)}}
+                    {
+                        "held_out/loss": sum(losses) / len(losses),
+                        **{f"held_out/loss_bin{b}": loss for b, loss in enumerate(losses)},
+                    }
                 )
                 run.say(
-                    f"held-out loss {sum(losses) / BINS:.4f}, by timestep bin " + " ".join(f"{loss:.3f}" for loss in losses)
+                    f"held-out loss {sum(losses) / len(losses):.4f}, by timestep bin "
+                    + " ".join(f"{loss:.3f}" for loss in losses)
                 )
                 picture = sample_picture(run.ema.net, held_out_raw, vae, normaliser, schedule, s, dtype)
                 run.picture("samples", picture, f"samples/step_{run.step:07d}.png")
@@ -122,16 +132,14 @@ def train(config: Config, dry_run: bool) -> None:
                 break
 
             run.seed_step()
-            rows = order.take(run.images_seen, s.batch_size)
-            raw = unet.conditioner.drop(of_train.take(rows), s.cfg_dropout) if of_train else None
-            rows = rows.to(device, non_blocking=True)
-            if encodings.mean_flipped is not None:
-                rows = rows + n * torch.randint(0, 2, rows.shape, device=device)
-            t = draw_timesteps(s, len(rows), device)
-            eps = torch.randn(len(rows), channels, size, size, device=device)
+            rows, then = (order.take(start, s.batch_size) for start in (run.images_seen, run.images_seen + s.batch_size))
+            batch = latents.take(rows, then)  # (B, C, h, w) as stored
+            raw = unet.conditioner.drop(of_train.take(rows % n), s.cfg_dropout) if of_train else None
+            t = draw_timesteps(s, len(batch), device)
+            eps = torch.randn(len(batch), channels, size, size, device=device)
 
             def backward(part: slice) -> None:
-                z, their_t = normaliser.normalise(latents[rows[part]]), t[part]  # z (B, C, h, w), unit variance
+                z, their_t = normaliser.normalise(batch[part]), t[part]  # z (B, C, h, w), unit variance
                 their_raw = None if raw is None else tuple(r[part] for r in raw)
                 with autocast(device, dtype):
                     loss = diffusion_loss(unet, z, eps[part], their_t, alphas, sigmas, s.prediction, their_raw)  # (B,)
@@ -172,13 +180,12 @@ def split(tensors: tuple[Tensor, ...], raw: Raw | None, size: int):
 def held_out_losses(
     unet: UNet, z: Tensor, raw: Raw | None, schedule: Schedule, s: Diffusion, dtype: torch.dtype
 ) -> list[float]:
-    """Unweighted loss in BINS equal ranges of timesteps, at the same noise and timesteps every time."""
+    """Unweighted loss in each of the schedule's bins of timesteps, at the same noise and timesteps every time."""
     generator = torch.Generator().manual_seed(0)
     alphas, sigmas = schedule.tables(z.device)
     losses = []
-    for b in range(BINS):
-        low, high = b * s.timesteps // BINS, max((b + 1) * s.timesteps // BINS, b * s.timesteps // BINS + 1)
-        t = torch.linspace(low, high - 1, len(z)).round().long().to(z.device)
+    for first, last in schedule.bins():
+        t = torch.linspace(first, last, len(z)).round().long().to(z.device)
         eps = torch.randn(z.shape, generator=generator).to(z.device)
         with autocast(z.device, dtype):
             parts = [
@@ -205,14 +212,6 @@ def sample_picture(unet: UNet, raw: Raw | None, vae: VAE, normaliser, schedule: 
         with autocast(device, dtype):
             images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))
     return grid(torch.cat(images).numpy(), cols=max(1, round(s.sample_images**0.5)))
-
-
-def load_vae(config: Config, device: torch.device) -> tuple[VAE, str]:
-    """The frozen VAE of this experiment and its fingerprint."""
-    path = config.run_dir / "vae" / "vae.safetensors"
-    tensors, header = load_weights(path, "vae", "train_vae.py")
-    vae = build(VAE, tensors, header, path).to(device, memory_format=torch.channels_last)
-    return vae.eval().requires_grad_(False), fingerprint(tensors)
 
 
 def main(argv: list[str] | None = None) -> int:

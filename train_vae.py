@@ -10,6 +10,7 @@ if __name__ == "__main__":
     cli.answer_early(__doc__)  # --help and a wrong config need no torch
 
 import torch
+from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
@@ -17,14 +18,24 @@ from torchmetrics.functional.image import (
 
 from artifacts import require_space
 from config import Config, UserError, Vae
-from data import PixelBatches, Shuffle, find_images, to_uint8
+from data import Shuffle, find_images, to_float, to_uint8
+from feed import Feed
 from models.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.losses import make_perceptual, perceptual_weights
 from models.vae import VAE, reconstruction_error
 from pictures import pairs
 from run import Run, experiment_of
 from sources import HELD_OUT, TRAIN
-from training import STATE_BYTES, TRAINING_BYTES, autocast, parameters_of, pick_device, pick_precision, require_memory
+from training import (
+    STATE_BYTES,
+    TRAINING_BYTES,
+    autocast,
+    compile_networks,
+    parameters_of,
+    pick_device,
+    pick_precision,
+    require_memory,
+)
 
 EVAL_IMAGES = 512  # held-out images measured while training
 SHEET_IMAGES = 32
@@ -61,10 +72,10 @@ def train(config: Config, dry_run: bool) -> None:
         return
 
     images = found.load()
-    train_rows = images.rows(TRAIN)
-    batches = PixelBatches(images.pixels, train_rows, device)
-    held_out = PixelBatches(images.pixels, images.rows(HELD_OUT, EVAL_IMAGES), device)
+    train_rows, held_out = torch.from_numpy(images.rows(TRAIN)), torch.from_numpy(images.rows(HELD_OUT, EVAL_IMAGES))
+    pixels = Feed([torch.from_numpy(images.pixels)], device)
     order = Shuffle(len(train_rows), config.seed)
+    print(f"pixels: {pixels}")
     judge = None
     if s.adversarial.weight > 0:
         torch.manual_seed(config.seed + 1)
@@ -73,6 +84,8 @@ def train(config: Config, dry_run: bool) -> None:
 
     header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint)
 
+    vae.checkpointing = s.checkpointing
+    compile_networks(config.compile, device, vae, *([judge] if judge else []), *([perceptual] if perceptual else []))
     with Run(
         folder,
         vae,
@@ -92,7 +105,7 @@ def train(config: Config, dry_run: bool) -> None:
             if run.due(s.log_every):
                 run.report()
             if run.due(s.eval_every) and run.leads:
-                figures, sheet = evaluate(run.ema.net, held_out, perceptual, s, device, dtype)
+                figures, sheet = evaluate(run.ema.net, pixels, held_out, perceptual, s, device, dtype)
                 run.log({f"held_out/{name}": value for name, value in figures.items()})
                 run.picture("reconstructions", sheet, "reconstructions.png")
                 run.say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -102,13 +115,16 @@ def train(config: Config, dry_run: bool) -> None:
                 break
 
             run.seed_step()
-            rows = order.take(run.images_seen, s.batch_size)
-            mirrored = torch.rand(len(rows), 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0)
-            noise = torch.randn(len(rows), s.latent_channels, latent, latent, device=device)
+            now, then = (
+                train_rows[order.take(start, s.batch_size)] for start in (run.images_seen, run.images_seen + s.batch_size)
+            )
+            batch = pixels.take(now, then)  # (B, H, W, 3) uint8
+            mirrored = torch.rand(len(batch), 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0)
+            noise = torch.randn(len(batch), s.latent_channels, latent, latent, device=device)
             kl_weight = s.kl_weight * min(1.0, (run.step + 1) / max(1, s.kl_warmup))
 
             def backward(part: slice) -> None:
-                x = batches.take(rows[part])
+                x = to_float(batch[part])
                 x = torch.where(mirrored[part], x.flip(3), x).contiguous(memory_format=torch.channels_last)
                 with autocast(device, dtype):
                     y, posterior = vae(x, noise[part])
@@ -148,12 +164,12 @@ def load_perceptual(s: Vae, device: torch.device):
 
 
 @torch.no_grad()
-def evaluate(vae: VAE, held_out: PixelBatches, perceptual, s: Vae, device: torch.device, dtype: torch.dtype):
-    """Figures of the reconstruction from the posterior mean, averaged over images, and a sheet of originals over reconstructions."""
+def evaluate(vae: VAE, pixels: Feed, rows: Tensor, perceptual, s: Vae, device: torch.device, dtype: torch.dtype):
+    """Of the images at these rows: figures of the reconstruction from the posterior mean, averaged over images, and a sheet of originals over reconstructions."""
     sums: dict[str, float] = {}
-    n, shown = len(held_out.rows), []
-    for start in range(0, n, s.batch_size):
-        x = held_out.take(torch.arange(start, min(start + s.batch_size, n)))
+    n, shown = len(rows), []
+    for part in rows.split(s.batch_size):
+        x = to_float(pixels.take(part))
         with autocast(device, dtype):
             posterior = vae.encode(x)
             y = vae.decode(posterior.mean)
@@ -168,7 +184,7 @@ def evaluate(vae: VAE, held_out: PixelBatches, perceptual, s: Vae, device: torch
             figures["perceptual"] = perceptual(x, y).mean()
         for name, value in figures.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(x)
-        if start < SHEET_IMAGES:
+        if len(shown) * s.batch_size < SHEET_IMAGES:
             shown.append((to_uint8(x), to_uint8(y)))
     above, below = (torch.cat([torch.from_numpy(p[i]) for p in shown]).numpy()[:SHEET_IMAGES] for i in (0, 1))
     return {name: total / n for name, total in sums.items()}, pairs(above, below)

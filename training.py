@@ -1,16 +1,18 @@
 """What the stages need beside the science: device and precision, memory, learning rate, EMA."""
 
 import copy
+import functools
 import math
 import os
 import platform
 
-import psutil
 import torch
 from torch import nn
 
 import parallel
+from artifacts import first_line
 from config import Training, UserError
+from feed import free_memory
 
 # float32 weights, EMA, gradients and AdamW's two moments while training; on the disk two states (old and new) and a weights file
 TRAINING_BYTES, STATE_BYTES = 20, 40  # per parameter
@@ -51,16 +53,34 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Module) -> None:
+    """torch.compile in place, where the setting asks for it and this machine can; says in one line where it cannot."""
+    if setting is False or (setting == "auto" and device.type != "cuda"):
+        return
+    why = _no_compiler(device)
+    if why:
+        print(f"note: nothing is compiled, as torch.compile fails here: {why}")
+        return
+    for network in networks:
+        network.compile(dynamic=False)  # batches have one size; a smaller last one is compiled once more
+
+
+@functools.cache
+def _no_compiler(device: torch.device) -> str | None:
+    """What torch.compile has against this machine: a missing C++ compiler, or no Triton."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # of a dozen kinds, from three packages
+        return first_line(error)
+
+
 def parameters_of(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
 def require_memory(device: torch.device, needed_bytes: int) -> None:
     """Raise UserError if the device has less free memory than this, which leaves activations out."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = free_memory(device)
     if needed_bytes > free:
         raise UserError(
             f"{needed_bytes / 1e6:,.0f} MB of memory are needed on {device} before any activation, and {free / 1e6:,.0f} MB are free: "

@@ -21,7 +21,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import synthetic_faces
-from data import PixelBatches, Shuffle, load_images
+from data import Shuffle, load_images, to_float
+from feed import Feed
 from settings import load_config
 from sources import TRAIN
 
@@ -50,12 +51,12 @@ def main(count: int = 4000, batch: int = 64) -> None:
         started = time.perf_counter()
         images = load_images(config)
         rates["ours, first pass (decodes and caches)"] = count / (time.perf_counter() - started)
-        rows = images.rows(TRAIN)
-        batches, order = PixelBatches(images.pixels, rows, DEVICE), Shuffle(len(rows), 0)
+        rows = torch.from_numpy(images.rows(TRAIN))
+        pixels, order = Feed([torch.from_numpy(images.pixels)], DEVICE), Shuffle(len(rows), 0)
         for title in ("warm-up", "ours, every later epoch"):
             started = time.perf_counter()
             for start in range(0, 4 * len(rows), batch):
-                batches.take(order.take(start, batch))
+                to_float(pixels.take(rows[order.take(start, batch)]))
             rates[title] = 4 * len(rows) / (time.perf_counter() - started)
         del rates["warm-up"]
     print(f"\n{count:,} JPEG pictures, batches of {batch}, {os.cpu_count()} workers, {machine()}\n")

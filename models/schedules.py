@@ -57,6 +57,11 @@ class Schedule:
         """alpha and sigma of t = 0 … T-1 as float32 (T,) on a device, for look-ups by tensors of timesteps there."""
         return self._alpha[:-1].float().to(device), self._sigma[:-1].float().to(device)
 
+    def bins(self, count: int = 10) -> list[tuple[int, int]]:
+        """Equal ranges of timesteps as (first, last): where a loss is reported apart."""
+        edges = [b * self.timesteps // count for b in range(count + 1)]
+        return [(low, max(low, high - 1)) for low, high in zip(edges, edges[1:])]
+
     def _look_up(self, table: Tensor, t) -> Tensor:
         if not isinstance(t, Tensor):
             if not -1 <= t < self.timesteps:

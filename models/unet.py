@@ -12,6 +12,7 @@ from models.layers import (
     ResBlock,
     Upsample,
     norm,
+    recomputed,
     timestep_embedding,
     zero,
 )
@@ -107,6 +108,7 @@ class UNet(nn.Module):
                     modules.append(Upsample(width, width))
                 self.up.append(modules)
 
+        self.checkpointing = False  # recompute activations in the backward pass
         self.norm_out, self.conv_out = norm(width), zero(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, z_t: Tensor, t: Tensor, raw: Raw | None = None) -> Tensor:
@@ -115,14 +117,19 @@ class UNet(nn.Module):
         if self.conditioner is not None:
             condition = self.conditioner(*raw)
             emb, tokens, mask = emb + condition.emb, condition.tokens, condition.mask
+
+        def through(modules: nn.ModuleList, h: Tensor) -> Tensor:
+            inputs = modules, h, emb, tokens, mask
+            return recomputed(run, *inputs) if self.checkpointing else run(*inputs)
+
         h = self.conv_in(z_t)
         skips = [h]
         for modules in self.down:
-            h = run(modules, h, emb, tokens, mask)
+            h = through(modules, h)
             skips.append(h)
-        h = run(self.middle, h, emb, tokens, mask)
+        h = through(self.middle, h)
         for modules in self.up:
-            h = run(modules, torch.cat([h, skips.pop()], dim=1), emb, tokens, mask)
+            h = through(modules, torch.cat([h, skips.pop()], dim=1))
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 

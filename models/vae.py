@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Attention, Downsample, ResBlock, Upsample, norm
+from models.layers import Attention, Downsample, ResBlock, Upsample, norm, recomputed
+
+PIXELS_AT_ONCE = 2**20  # decoded where no gradient is wanted: 4 images of 512x512, 256 of 64x64
 
 
 @dataclass
@@ -54,6 +56,7 @@ class VAE(nn.Module):
         )
         self.downsampling = patch * 2 ** (len(widths) - 1)
         self.latent_channels, self.patch, self.output = latent_channels, patch, output
+        self.checkpointing = False  # recompute activations in the backward pass
 
         # encoder: widths[0] → widths[-1]
         layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)]
@@ -99,13 +102,26 @@ class VAE(nn.Module):
             raise ValueError(
                 f"images of {images.shape[-1]}x{images.shape[-2]} do not divide by the down-sampling factor {self.downsampling}"
             )
-        mean, logvar = self.encoder(images).float().chunk(2, dim=1)
+        mean, logvar = self._through(self.encoder, images).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, about in [-1, 1] (exactly so with output "tanh")."""
-        images = self.decoder(z).float()
+        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, about in [-1, 1] (exactly so with output "tanh").
+
+        Where no gradient is wanted, a few at a time: the largest maps of a batch of large images would not fit.
+        """
+        parts = [z]
+        if not torch.is_grad_enabled():
+            parts = z.split(max(1, PIXELS_AT_ONCE // (z.shape[2] * z.shape[3] * self.downsampling**2)))
+        images = torch.cat([self._through(self.decoder, part).float() for part in parts])
         return torch.tanh(images) if self.output == "tanh" else images
+
+    def _through(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        if not self.checkpointing:
+            return layers(x)
+        for layer in layers:
+            x = recomputed(layer, x)
+        return x
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """Reconstruction of one posterior sample, and the posterior."""

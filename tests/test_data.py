@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import time
 import zipfile
 
 import numpy as np
@@ -13,13 +14,13 @@ from PIL import Image
 import data as data_module
 from config import UserError
 from data import (
-    PixelBatches,
     Shuffle,
     load_images,
     split_by_name,
     to_float,
     to_uint8,
 )
+from feed import Feed
 from latent_cache import Encodings
 from settings import load_config
 from sources import HELD_OUT, TEST, TRAIN, crop_and_resize, decode
@@ -307,10 +308,33 @@ def test_pixels_round_trip():
     assert to_uint8(torch.full((1, 3, 1, 1), 9.0)).max() == 255
 
 
-def test_pixel_batches_take_rows():
-    pixels = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    batch = PixelBatches(pixels, np.array([1, 4]), torch.device("cpu")).take(torch.tensor([1, 0, 1]))
-    assert to_uint8(batch)[:, 0, 0, 0].tolist() == [4, 1, 4]
+def test_feed_takes_rows_of_all_parts():
+    """The rows of the joined array, whether it lies on the device or is read ahead, and whatever was said to come next."""
+    parts = [torch.randn(5, 2, 3), torch.randn(3, 2, 3)]
+    whole, feed = torch.cat(parts), Feed(parts, torch.device("cpu"))
+    for feed.resident in (True, False):
+        wanted = [torch.tensor(rows) for rows in ([7, 0, 4], [5, 5, 1], [2], [6, 3])]
+        for now, then in zip(wanted, [wanted[1], wanted[3], None, None]):  # the second is told wrongly
+            assert torch.equal(feed.take(now, then), whole[now])
+    assert str(feed) == "0 MB read a batch ahead, as they do not fit cpu"
+
+
+def test_feed_reads_ahead_while_others_work():
+    """What comes next is read before it is asked for: no wait, where each read takes a while and so does the work."""
+    feed, reads = Feed([torch.arange(8.0)], torch.device("cpu")), []
+    feed.resident = False
+    gather = feed._gather
+
+    def slowly(rows):
+        time.sleep(0.05)
+        reads.append(rows.tolist())
+        return gather(rows)
+
+    feed._gather = slowly
+    assert feed.take(torch.tensor([1, 2]), then=torch.tensor([3])).tolist() == [1, 2]
+    time.sleep(0.15)
+    assert reads == [[1, 2], [3]]
+    assert feed.take(torch.tensor([3])).tolist() == [3] and len(reads) == 2
 
 
 def test_encodings_file(tmp_path, trained):

@@ -230,7 +230,7 @@ def test_threshold_counts_and_bounds():
     threshold = Threshold(torch.tensor([-1.0, -2.0])[:, None, None], torch.ones(2, 1, 1))
     z0 = torch.full((1, 2, 1, 4), -1.5)
     assert threshold(z0).flatten().tolist() == [-1.0] * 4 + [-1.5] * 4
-    assert threshold.share == 0.5
+    assert threshold.counts == (4, 8)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0", "velocity"])

@@ -1,0 +1,115 @@
+"""What saves time or memory must not change the result: recomputed activations, slices, compiled networks."""
+
+import json
+
+import pytest
+import torch
+from test_models import small_unet, small_vae, wake
+
+import models.vae
+import training
+
+CPU = torch.device("cpu")
+
+
+def gradients_and_bytes_kept(net, *inputs) -> tuple[list, int]:
+    """Gradients of the mean square of the output, and the bytes that the forward pass kept for the backward pass."""
+    kept, seen = 0, set()
+
+    def pack(x):
+        nonlocal kept
+        if x.data_ptr() not in seen:
+            seen.add(x.data_ptr())
+            kept += x.numel() * x.element_size()
+        return x
+
+    torch.manual_seed(0)
+    net.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = net(*inputs)
+        loss = (output[0] if isinstance(output, tuple) else output).square().mean()
+    loss.backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None], kept
+
+
+@pytest.mark.parametrize("make, inputs", [
+    (lambda: small_unet(dropout=0.3, widths=[16, 32, 32], size=16), (torch.randn(4, 4, 16, 16), torch.tensor([3, 500, 900, 20]))),
+    (lambda: small_vae(widths=[16, 32], blocks=2), (torch.randn(4, 3, 32, 32), torch.randn(4, 4, 16, 16))),
+])  # fmt: skip
+def test_recomputed_activations_give_the_same_gradients_for_less_memory(make, inputs):
+    net = wake(make()).train()
+    whole, kept = gradients_and_bytes_kept(net, *inputs)
+    net.checkpointing = True
+    again, kept_then = gradients_and_bytes_kept(net, *inputs)
+    torch.testing.assert_close(again, whole)
+    assert kept_then < 0.6 * kept
+
+
+def test_decoding_in_slices(monkeypatch):
+    """The same pictures, and never more than so many pixels at once; in training the batch stays whole."""
+    vae, z, sizes = wake(small_vae()), torch.randn(7, 4, 8, 8), []
+    vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    monkeypatch.setattr(models.vae, "PIXELS_AT_ONCE", 3 * 16 * 16)
+    whole = vae.decode(z)
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(z), whole)
+    assert sizes == [7, 3, 3, 1]
+
+
+@pytest.fixture
+def tracing(monkeypatch):
+    """torch.compile without code generation, which takes a minute and a compiler: tracing must succeed without a break."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", fullgraph=True, **options))
+    training._no_compiler.cache_clear()
+    yield
+    training._no_compiler.cache_clear()
+    torch.compiler.reset()
+
+
+def test_compiled_networks_are_the_same_networks(tracing):
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 500, 900, 20])
+    net = wake(small_unet())
+    names, plain = set(net.state_dict()), net(*inputs)
+    training.compile_networks(True, CPU, net)
+    assert net._compiled_call_impl is not None and set(net.state_dict()) == names
+    torch.testing.assert_close(net(*inputs), plain)
+    copy = training.EMA(net, 0.9).net
+    torch.testing.assert_close(copy(*inputs), plain)
+
+
+def test_a_compiled_run_is_the_plain_run(experiment, tracing, capsys):
+    """All four stages with compile on, conditions and recomputed activations too; the weights are those of the plain run."""
+    options = ["diffusion.condition=class", "diffusion.labels=[hair_colour]", "vae.checkpointing=true"]
+    experiment.train_all(*options)
+    plain = {file: (experiment.run_dir / file).read_bytes() for file in ("vae/vae.safetensors", "cosine/unet.safetensors")}
+    experiment.train_all(*options, "compile=true", "name=compiled")
+    assert experiment.run("infer", *options, "compile=true", "name=compiled") == 0
+    from safetensors.torch import load
+
+    for file, content in plain.items():
+        there = load((experiment.run_dir.parent / "compiled" / file).read_bytes())
+        torch.testing.assert_close(there, load(content), rtol=1e-3, atol=1e-4)
+    assert "nothing is compiled" not in capsys.readouterr().out
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("Cannot find a working triton installation.\nmore\nlines")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    training._no_compiler.cache_clear()
+    net = small_unet()
+    training.compile_networks(True, CPU, net)
+    training.compile_networks("auto", CPU, net)  # asks for nothing on a CPU
+    training._no_compiler.cache_clear()
+    assert net._compiled_call_impl is None
+    assert capsys.readouterr().out == (
+        "note: nothing is compiled, as torch.compile fails here: Cannot find a working triton installation.\n"
+    )
+
+
+def test_the_first_step_is_timed_apart(trained):
+    lines = [json.loads(line) for line in (trained.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()]
+    first = [line for line in lines if "seconds_to_first_step" in line]
+    assert [line["step"] for line in first] == [1] and first[0]["seconds_to_first_step"] > 0
