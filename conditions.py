@@ -98,6 +98,15 @@ def of_images(conditioner: Conditioner, encodings: Encodings, device: torch.devi
     return tuple(found)
 
 
+def of_held_out(conditioner: Conditioner | None, encodings: Encodings, rows: Tensor, device: torch.device) -> Raw | None:
+    """What these held-out images show, the same captions every time; None for an unconditional model."""
+    if conditioner is None:
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return of_images(conditioner, encodings, device)[1].take(rows)
+
+
 def _of_labels(labels: Tensor, device) -> Conditions:
     there = labels.to(device)
     fingerprint = hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from config import Sampling
 from data import to_uint8
 from latent_diffusion import LatentDiffusion
 from pictures import grid, save_png
-from sampling import evaluations, sample, timesteps
+from sampling import evaluations, sample
 from starts import Given, noise_of
 
 
@@ -60,7 +60,7 @@ def draw(
     """Sample and decode the batches of images that fall to this process."""
     drawn, threshold = Drawn(Moments(model.shape[0])), model.threshold(s.x0_clamp)
     options = model.options(s) | {"x0_range": threshold, "strength": strength}
-    calls = evaluations(s.sampler, len(timesteps(model.schedule, s.steps, s.spacing, s.sigma_max, strength)))
+    calls = evaluations(s.sampler, len(model.steps_of(s, strength)))
     framed = set(np.linspace(0, calls - 1, s.strip).round().astype(int).tolist())  # evaluations shown in the strip
     starts = range(0, wanted.count, s.batch_size)[parallel.rank() :: parallel.size()]
     batches = [range(start, min(start + s.batch_size, wanted.count)) for start in starts]

@@ -71,6 +71,8 @@ def generation(config: Config, dry_run: bool) -> None:
     e, s, device = config.evaluation, config.sampling, pick_device(config.device)
     dtype = pick_precision(e.precision, device)
     model = LatentDiffusion(config, device, dtype)
+    model.steps_of(s)
+    encodings = encodings_by(model.vae, config) if model.unet.conditioner else None
     features = make_features(e.features, e.weights, device)
     name = f"{config.name}_{config.diffusion_name}_{s.sampler}{s.steps}" + (f"_w{s.guidance:g}" if s.guidance != 1 else "")
     plan(config, f"{e.images:,} generated images by {s.sampler}, {s.steps} steps, in features of {features.name}", device, dtype,
@@ -78,12 +80,15 @@ def generation(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
     images = images_of(config, model.vae_header)
-    titles = conditions.requested(s, model.unet.conditioner, device).titles
-    asked = f"as many of each of {'; '.join(titles)}" if titles else "no condition"
     held_out = judging.held_out_pixels(images, e.images)
     n = len(held_out)  # as many of each: these distances depend on the number
     training = judging.training_features(config, images, features, e.reference)
-    made = judging.generated(config, model, n)
+    raw = None
+    if encodings:
+        raw = conditions.of_held_out(
+            model.unet.conditioner, encodings, torch.arange(min(n, len(encodings.held_out))), device
+        )
+    made = judging.generated(s, model, raw, n)
     sets = {"generated": made, "held-out (perfection)": held_out, "held-out, reconstructed": judging.through(model.vae, held_out, e.batch_size, device, dtype)}  # fmt: skip
     found = {what: features(pixels, e.batch_size) for what, pixels in sets.items()}
     rows = [judging.Distance.of(what, found[what], training) for what in sets]
@@ -96,7 +101,7 @@ def generation(config: Config, dry_run: bool) -> None:
     publish(config, f"{name}_generation", device, "\n\n".join([
         f"# Generated images of {config.name}, {config.diffusion_name}: {s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
         f"Against {len(training):,} training images ({config.data.source}, crop {config.data.crop}, {config.data.image_size} px), in features of **{features.name}**.",
-        f"Drawn under: {asked}.",
+        "Drawn under the conditions of the held-out images." if raw else "Drawn under no condition.",
         table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in rows]),
         f"Error budget: of the {by['generated'] - perfect:.1f} that generated images are farther than held-out ones, the VAE costs {vae - perfect:.1f} and the "
         f"U-Net and its sampler {by['generated'] - vae:.1f}. Generated images score {by['generated'] / perfect:.2f} times what held-out ones score.",
@@ -171,10 +176,7 @@ def loss(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
     shown = spread(torch.arange(len(encodings.held_out)), e.images)
-    raw = None
-    if model.unet.conditioner is not None:
-        torch.manual_seed(0)  # the same captions every time
-        raw = conditions.of_images(model.unet.conditioner, encodings, device)[1].take(shown)
+    raw = conditions.of_held_out(model.unet.conditioner, encodings, shown, device)
     z = model.normaliser.normalise(encodings.held_out[shown].to(device))
     found = judging.loss_by_bin(model, z, raw, e.batch_size)
     rows = [[f"{low} … {high}", f"{error:.4f}", f"{ratio:.3f}"] for low, high, error, ratio in found]
@@ -194,6 +196,7 @@ def samplers(config: Config, dry_run: bool) -> None:
     encodings = Encodings.load(config.run_dir / "encodings.pt")
     if max(e.steps) > model.schedule.timesteps:
         raise UserError(f"evaluation.steps: {max(e.steps)} is more than the model's T = {model.schedule.timesteps}")
+    model.steps_of(config.sampling)
     if e.images > len(encodings.mean):
         raise UserError(
             f"evaluation.images: {e.images} is more than the {len(encodings.mean):,} training latents to compare with"
@@ -212,7 +215,8 @@ def samplers(config: Config, dry_run: bool) -> None:
     notes = [
         f"# Samplers on {config.name}, {model.header['schedule']} schedule",
         f"`{cli.command}` on {hardware(device)}, {str(dtype)[6:]}. {e.images:,} images from the same noises; U-Net of "
-        f"{parameters_of(model.unet) / 1e6:.1f}M parameters after {model.header['step']:,} steps.",
+        f"{parameters_of(model.unet) / 1e6:.1f}M parameters after {model.header['step']:,} steps."
+        + (" Drawn under the conditions of held-out images." if model.unet.conditioner else ""),
         f"*to the ODE*: RMS distance, in units of the latents' std, to {sampler_bench.REFERENCE} at {max(e.steps)} steps. *distance*: sliced Wasserstein "
         f"distance to the {len(encodings.held_out):,} held-out latents; as many training latents score {lowest:.4f}.",
         f"**{verdict}**",

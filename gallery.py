@@ -21,8 +21,10 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-
 img { max-width: 100%; height: auto; image-rendering: pixelated; }
 table { border-collapse: collapse; } td, th { border: 1px solid var(--line); padding: .15rem .5rem; text-align: left; }
 pre { overflow-x: auto; padding: .5rem; border: 1px solid var(--line); white-space: pre-wrap; overflow-wrap: anywhere; }
+h3 { overflow-wrap: anywhere; }
 select { width: 100%; font: inherit; padding: .3rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 1rem; }
+.pair > * { min-width: 0; }
 section { border-top: 1px solid var(--line); margin-top: 1.5rem; overflow-x: auto; }
 """
 SCRIPT = """
@@ -123,6 +125,16 @@ def page_of_text(path: Path) -> str:
     return f"<section><h3>{html.escape(path.stem)}</h3>{shown}<details><summary>figures</summary><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre></details></section>"
 
 
+def first_pair(grids: list[Grid]) -> tuple[int, int]:
+    """Which two to show first: two models of one experiment drawn in the same way (cosine | linear), where there are such."""
+    for i, one in enumerate(grids):
+        for j, other in enumerate(grids[i + 1 :], start=i + 1):
+            same = one.config["name"] == other.config["name"] and one.config["sampling"] == other.config["sampling"]
+            if same and one.folder != other.folder:
+                return i, j
+    return 0, min(1, len(grids) - 1)
+
+
 def build(results: Path, runs: Path) -> Path:
     """Write results/index.html. Raises FileNotFoundError where there is no such folder."""
     grids = [grid for path in sorted(results.glob("*.png")) if (grid := read(path))]
@@ -135,11 +147,9 @@ def build(results: Path, runs: Path) -> Path:
         )
         return f'<div class="side"><select aria-label="grid to compare">{options}</select><div></div></div>'
 
-    compare = (
-        f'<h2>Side by side</h2><div class="pair">{side(0)}{side(min(1, len(names) - 1))}</div>'
-        if grids
-        else "<p>No grids yet.</p>"
-    )
+    compare = "<p>No grids yet.</p>"
+    if grids:
+        compare = f'<h2>Side by side</h2><div class="pair">{"".join(map(side, first_pair(grids)))}</div>'
     pages = "".join(page_of_text(p) for p in sorted(results.glob("*.md")) if p.name != "README.md")
     body = (
         f"<h1>nanoLDM results</h1>{compare}<h2>All grids</h2><div class='pair'>{''.join(map(card, grids))}</div>"

@@ -20,12 +20,11 @@ import parallel
 from artifacts import require_space
 from calibration import advice, calibration
 from conditions import requested
-from config import Config, Sampling, UserError
+from config import Config, Sampling
 from data import to_uint8
 from drawing import Drawn, Wanted, draw
 from latent_diffusion import LatentDiffusion
 from pictures import grid, save_gif, save_png
-from sampling import timesteps
 from starts import Given
 from training import hardware, parameters_of, pick_device, pick_precision
 
@@ -36,7 +35,7 @@ def infer(config: Config, dry_run: bool) -> None:
     s, device = config.sampling, pick_device(config.device)
     dtype = pick_precision(s.precision, device)
     model = LatentDiffusion(config, device, dtype)
-    header, schedule = model.header, model.schedule
+    header = model.header
     given = Given.load(s, model) if s.image else None
     requests = requested(s, model.unet.conditioner, device)
     rows = len(requests) if requests.titles else s.rows  # a row of pictures for each request
@@ -45,10 +44,7 @@ def infer(config: Config, dry_run: bool) -> None:
     results = Path(config.results_dir)
     require_space(results, (rows * s.cols + (count if s.single_files else 0)) * 3 * model.image_size**2)
     strength = s.strength if given else 1.0
-    try:
-        walked = len(timesteps(schedule, s.steps, s.spacing, s.sigma_max, strength))
-    except ValueError as error:
-        raise UserError(f"sampling: {error}") from None
+    walked = len(model.steps_of(s, strength))
 
     print(
         f"U-Net: {parameters_of(model.unet) / 1e6:.2f}M parameters, step {header['step']:,}; {header['schedule']} schedule, {s.sampler}, "

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from artifacts import load_plain, save_plain
-from conditions import Requests, requested
-from config import Config, UserError
+from conditions import Requests
+from config import Config, Sampling, UserError
 from data import Images, to_float, to_uint8
 from drawing import Wanted, draw
 from features import Features, frechet, kid, precision_recall
@@ -49,12 +49,9 @@ def through(vae: VAE, pixels: np.ndarray, batch_size: int, device: torch.device,
     return np.concatenate(made)
 
 
-def generated(config: Config, model: LatentDiffusion, n: int) -> np.ndarray:
-    """uint8 (n, H, W, 3) by config.sampling; of a conditional model as many of each request as of any other."""
-    s = config.sampling
-    requests = requested(s, model.unet.conditioner, model.device)
-    s = s.model_copy(update={"cols": -(-n // max(1, len(requests)))})
-    drawn = draw(model, s, Requests([], requests.raw), None, 1.0, Wanted(n, n, [], None))
+def generated(s: Sampling, model: LatentDiffusion, raw: Raw | None, n: int) -> np.ndarray:
+    """uint8 (n, H, W, 3); of a conditional model each under the next of the raw conditions."""
+    drawn = draw(model, s.model_copy(update={"cols": 1}), Requests([], raw), None, 1.0, Wanted(n, n, [], None))
     return np.stack([drawn.pixels[i] for i in range(n)])
 
 

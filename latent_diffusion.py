@@ -14,7 +14,7 @@ from models.latents import Normaliser
 from models.schedules import make_schedule
 from models.unet import UNet
 from models.vae import VAE
-from sampling import Denoise, Threshold, guided, make_denoiser
+from sampling import Denoise, Threshold, guided, make_denoiser, timesteps
 from training import autocast, compile_networks
 
 
@@ -96,6 +96,13 @@ class LatentDiffusion:
         if header["settings"].get("conditioning") != self.header["settings"].get("conditioning"):
             raise UserError(f"sampling.autoguidance: {path} is conditioned otherwise than {self.path}")
         return weaker
+
+    def steps_of(self, s: Sampling, strength: float = 1.0) -> list[int]:
+        """The timesteps that these settings visit. Raises UserError for settings that this model's schedule does not allow."""
+        try:
+            return timesteps(self.schedule, s.steps, s.spacing, s.sigma_max, strength)
+        except ValueError as error:
+            raise UserError(f"sampling: {error}") from None
 
     def threshold(self, x0_clamp: str | float) -> Threshold | None:
         """The bound on clean estimates that sampling.x0_clamp asks for."""

@@ -57,7 +57,7 @@ def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Mo
     """torch.compile in place, where the setting asks for it and this machine can; says in one line where it cannot."""
     if setting is False or (setting == "auto" and device.type != "cuda"):
         return
-    why = _no_compiler(device)
+    why = missing_compiler(device)
     if why:
         print(f"note: nothing is compiled, as torch.compile fails here: {why}")
         return
@@ -66,7 +66,7 @@ def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Mo
 
 
 @functools.cache
-def _no_compiler(device: torch.device) -> str | None:
+def missing_compiler(device: torch.device) -> str | None:
     """What torch.compile has against this machine: a missing C++ compiler, or no Triton."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))

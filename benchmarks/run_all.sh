@@ -9,3 +9,5 @@ python benchmarks/unet_step.py "$batch"
 python benchmarks/vae_step.py "$batch"
 python benchmarks/sample_64.py
 python benchmarks/loader.py
+python benchmarks/memory.py configs/celeba64.yaml diffusion.batch_size=256
+python benchmarks/memory.py configs/faces512.yaml

@@ -18,7 +18,7 @@ from config import Diffusion
 from models.schedules import make_schedule
 from models.unet import UNet
 from train_diffusion import diffusion_loss
-from training import EMA, autocast, parameters_of, pick_precision
+from training import EMA, autocast, missing_compiler, parameters_of, pick_precision
 
 CHANNELS, SIZE = 8, 16
 
@@ -80,6 +80,10 @@ def main(batch: int = 64, repeats: int = 7) -> None:
     torch.manual_seed(0)
     ours = UNet(CHANNELS, SIZE, s.widths, s.blocks, s.attention, s.head_channels, s.dropout)
     runs, sizes = {"ours": steps(ours, None, dtype, True, batch)}, {"ours": parameters_of(ours)}
+    if not missing_compiler(DEVICE):
+        compiled = UNet(**ours.settings)
+        compiled.compile(dynamic=False)
+        runs["ours, compiled"], sizes["ours, compiled"] = steps(compiled, None, dtype, True, batch), parameters_of(compiled)
     for name, (build, predict) in peers().items():
         for kind, precision, like_ours in (("(a)", torch.float32, False), ("(b)", dtype, True)):
             net = build()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import heads_of, norm, zero
+from models.layers import attend, heads_of, norm, zero
 
 
 class TokenAttention(nn.Module):
@@ -24,7 +24,7 @@ class TokenAttention(nn.Module):
             self.qkv(x).view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         )  # (B, heads, N, C/heads) each
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
+        attended = attend(q, k, v, mask)
         return self.out(attended.transpose(1, 2).reshape(b, n, c))
 
 

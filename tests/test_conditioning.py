@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import conditions
+import judging
 from config import UserError
-from latent_cache import CaptionEmbeddings
+from latent_cache import CaptionEmbeddings, Encodings
 from latent_diffusion import LatentDiffusion
 from models.conditioning import Labels, Text, Words, make_conditioner, words_of
 from models.layers import CrossAttention
@@ -256,6 +257,23 @@ def test_a_row_for_each_request_with_its_title(conditional, capsys):
     assert picture.width == 2 * 16 + 2 and picture.height > 3 * (16 + 2 + 14) - 2
     strip = Image.open(path.with_name(path.stem + "_strip.png"))
     assert strip.width == 3 * 16 + 4 and path.with_name(path.stem + "_strip.gif").exists()
+
+
+def test_a_conditional_model_is_judged_under_what_held_out_images_show(conditional, monkeypatch):
+    """Each image under the next held-out image's labels, from the first again where there are more images."""
+    seen, original = [], LatentDiffusion.denoiser
+    monkeypatch.setattr(LatentDiffusion, "denoiser", lambda self, s, raw=None: seen.append(raw[0]) or original(self, s, raw))
+    options = ["evaluation.task=samplers", "evaluation.samplers=[heun]", "evaluation.steps=[2]", "evaluation.images=11"]
+    assert conditional.run("evaluate", *CLASSES, *options, "evaluation.batch_size=5") == 0
+    encodings = Encodings.load(conditional.run_dir / "encodings.pt")
+    columns = [list(encodings.label_names).index(name) for name in ("hair_colour", "glasses")]
+    expected = encodings.held_out_labels[:, columns][torch.arange(11) % 8]
+    assert torch.equal(torch.cat(seen), expected)
+    seen.clear()
+    model, s = model_of(conditional, *CLASSES, "sampling.batch_size=4")
+    raw = conditions.of_held_out(model.unet.conditioner, encodings, torch.arange(8), torch.device("cpu"))
+    assert judging.generated(s, model, raw, 11).shape == (11, 16, 16, 3)
+    assert torch.equal(torch.cat(seen), expected)
 
 
 def test_words_that_are_not_known_are_named(conditional, capsys):

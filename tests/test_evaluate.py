@@ -53,6 +53,7 @@ def test_bench_of_a_tiny_model(trained, capsys):
 
 @pytest.mark.parametrize("option, message", [
     ("evaluation.steps=[5,2000]", "2000 is more than the model's T = 1000"),
+    ("sampling.sigma_max=0.0001", "no timestep has sigma/alpha <= sigma_max"),
     ("evaluation.images=5000", "more than the 48 training latents"),
     ("evaluation.samplers=[dimm]", "'ancestral', 'ddim', 'euler'"),
     ("diffusion.name=none", "does not exist: run train_diffusion.py first"),

@@ -58,6 +58,16 @@ def test_every_grid_with_its_settings_and_nothing_from_elsewhere(results, traine
     assert not page.all("script", "src") and not page.all("link", "href")
 
 
+def test_two_models_of_one_experiment_are_shown_first():
+    def grid(name, schedule, **sampling):
+        return gallery.Grid(None, {"name": name, "diffusion": {"schedule": schedule}, "sampling": sampling}, {}, "", [])
+
+    others = [grid("a", "cosine", rows=2), grid("a", "cosine", rows=4), grid("b", "linear", rows=4)]
+    assert gallery.first_pair(others) == (0, 1)
+    assert gallery.first_pair([*others, grid("a", "linear", rows=4)]) == (1, 3)
+    assert gallery.first_pair(others[:1]) == (0, 0)
+
+
 def test_text_is_escaped(results):
     with Image.open(results / "tiny_cosine_unipc_2x3.png") as image:
         image.load()
@@ -85,3 +95,19 @@ def test_in_a_browser(results):
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     sides = shown.split('class="side"')[1:]
     assert len(sides) == 2 and all(json.dumps("grid of generated pictures") in side.split("</article>")[0] for side in sides)
+
+
+def test_nothing_is_wider_than_a_phone(results):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    for path in list(results.glob("tiny_cosine_unipc_2x3.png")):
+        shutil.copy(path, results / f"{'a_long_name_without_a_break' * 4}.png")
+    gallery.main([str(results), "none"])
+    page = results / "index.html"
+    report = "<script>document.title = document.documentElement.scrollWidth + ' of ' + document.documentElement.clientWidth;</script>"
+    page.write_text(page.read_text().replace("</body>", report + "</body>"))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom", "--virtual-time-budget=2000", page.as_uri()]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    wide, window = shown.split("<title>")[1].split("</title>")[0].split(" of ")
+    assert int(wide) <= int(window) <= 500

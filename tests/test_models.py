@@ -7,7 +7,7 @@ import torch
 import torchvision.models as zoo
 
 from models.latents import Normaliser
-from models.layers import Attention, ResBlock, timestep_embedding
+from models.layers import Attention, ResBlock, attend, timestep_embedding
 from models.losses import LPIPS, make_perceptual, perceptual_weights
 from models.unet import UNet
 from models.vae import VAE, Posterior
@@ -105,6 +105,23 @@ def test_attention_by_hand():
     q, k, v = layer.qkv(tokens).split(8, dim=2)
     attended = torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1) @ v
     torch.testing.assert_close(layer(x), x + layer.out(attended).transpose(1, 2).view_as(x))
+
+
+def test_attention_in_bf16_is_attention():
+    """Written out for CPUs and fused: the same, with and without a mask, and with the same gradient."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16).bfloat16().requires_grad_() for n in (5, 7, 7))
+    for mask in (None, torch.tensor([[True] * 7, [True] * 3 + [False] * 4])):
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            *(x.float() for x in (q, k, v)), None if mask is None else mask[:, None, None]
+        )
+        found = attend(q, k, v, mask)
+        torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
+        for a, b in zip(
+            torch.autograd.grad(found.float().square().sum(), (q, k, v)),
+            torch.autograd.grad(exact.square().sum(), (q, k, v)),
+        ):
+            torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
 
 
 def test_unet_knows_the_time():

@@ -61,9 +61,9 @@ def tracing(monkeypatch):
     """torch.compile without code generation, which takes a minute and a compiler: tracing must succeed without a break."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", fullgraph=True, **options))
-    training._no_compiler.cache_clear()
+    training.missing_compiler.cache_clear()
     yield
-    training._no_compiler.cache_clear()
+    training.missing_compiler.cache_clear()
     torch.compiler.reset()
 
 
@@ -98,11 +98,11 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
         raise RuntimeError("Cannot find a working triton installation.\nmore\nlines")
 
     monkeypatch.setattr(torch, "compile", fails)
-    training._no_compiler.cache_clear()
+    training.missing_compiler.cache_clear()
     net = small_unet()
     training.compile_networks(True, CPU, net)
     training.compile_networks("auto", CPU, net)  # asks for nothing on a CPU
-    training._no_compiler.cache_clear()
+    training.missing_compiler.cache_clear()
     assert net._compiled_call_impl is None
     assert capsys.readouterr().out == (
         "note: nothing is compiled, as torch.compile fails here: Cannot find a working triton installation.\n"
