@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clip import ClipText
 from config import Config, Sampling, UserError
+from data import spread
 from latent_cache import CaptionEmbeddings, Encodings
 from models.conditioning import Conditioner, Labels, Raw, Text, Words, words_of
 
@@ -98,10 +99,13 @@ def of_images(conditioner: Conditioner, encodings: Encodings, device: torch.devi
     return tuple(found)
 
 
-def of_held_out(conditioner: Conditioner | None, encodings: Encodings, rows: Tensor, device: torch.device) -> Raw | None:
-    """What these held-out images show, the same captions every time; None for an unconditional model."""
+def of_held_out(conditioner: Conditioner | None, encodings: Encodings, n: int, device: torch.device) -> Raw | None:
+    """What n held-out images show, spread evenly over all of them (from the first again where they are fewer), the same captions
+    every time; None for an unconditional model."""
     if conditioner is None:
         return None
+    rows = spread(torch.arange(len(encodings.held_out)), n)
+    rows = rows[torch.arange(n) % len(rows)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return of_images(conditioner, encodings, device)[1].take(rows)

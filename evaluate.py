@@ -85,9 +85,7 @@ def generation(config: Config, dry_run: bool) -> None:
     training = judging.training_features(config, images, features, e.reference)
     raw = None
     if encodings:
-        raw = conditions.of_held_out(
-            model.unet.conditioner, encodings, torch.arange(min(n, len(encodings.held_out))), device
-        )
+        raw = conditions.of_held_out(model.unet.conditioner, encodings, n, device)
     made = judging.generated(s, model, raw, n)
     sets = {"generated": made, "held-out (perfection)": held_out, "held-out, reconstructed": judging.through(model.vae, held_out, e.batch_size, device, dtype)}  # fmt: skip
     found = {what: features(pixels, e.batch_size) for what, pixels in sets.items()}
@@ -101,7 +99,7 @@ def generation(config: Config, dry_run: bool) -> None:
     publish(config, f"{name}_generation", device, "\n\n".join([
         f"# Generated images of {config.name}, {config.diffusion_name}: {s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
         f"Against {len(training):,} training images ({config.data.source}, crop {config.data.crop}, {config.data.image_size} px), in features of **{features.name}**.",
-        "Drawn under the conditions of the held-out images." if raw else "Drawn under no condition.",
+        f"Drawn under what {min(n, len(encodings.held_out)):,} held-out images show." if raw else "Drawn under no condition.",
         table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in rows]),
         f"Error budget: of the {by['generated'] - perfect:.1f} that generated images are farther than held-out ones, the VAE costs {vae - perfect:.1f} and the "
         f"U-Net and its sampler {by['generated'] - vae:.1f}. Generated images score {by['generated'] / perfect:.2f} times what held-out ones score.",
@@ -176,7 +174,7 @@ def loss(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
     shown = spread(torch.arange(len(encodings.held_out)), e.images)
-    raw = conditions.of_held_out(model.unet.conditioner, encodings, shown, device)
+    raw = conditions.of_held_out(model.unet.conditioner, encodings, len(shown), device)
     z = model.normaliser.normalise(encodings.held_out[shown].to(device))
     found = judging.loss_by_bin(model, z, raw, e.batch_size)
     rows = [[f"{low} … {high}", f"{error:.4f}", f"{ratio:.3f}"] for low, high, error, ratio in found]
@@ -216,7 +214,7 @@ def samplers(config: Config, dry_run: bool) -> None:
         f"# Samplers on {config.name}, {model.header['schedule']} schedule",
         f"`{cli.command}` on {hardware(device)}, {str(dtype)[6:]}. {e.images:,} images from the same noises; U-Net of "
         f"{parameters_of(model.unet) / 1e6:.1f}M parameters after {model.header['step']:,} steps."
-        + (" Drawn under the conditions of held-out images." if model.unet.conditioner else ""),
+        + (" Drawn under what held-out images show." if model.unet.conditioner else ""),
         f"*to the ODE*: RMS distance, in units of the latents' std, to {sampler_bench.REFERENCE} at {max(e.steps)} steps. *distance*: sliced Wasserstein "
         f"distance to the {len(encodings.held_out):,} held-out latents; as many training latents score {lowest:.4f}.",
         f"**{verdict}**",

@@ -102,7 +102,8 @@ def suffix(s: Sampling) -> str:
     start = f"_slerp{s.seed}to{s.slerp_to}" if s.slerp_to is not None else ""
     if s.image:
         start = f"_{'inpaint' if s.mask else 'from'}_{Path(s.image).stem}"
-    return start + (f"_w{s.guidance:g}" if s.guidance != 1 else "")
+    clamp = s.x0_clamp if isinstance(s.x0_clamp, str) else f"{s.x0_clamp:g}"
+    return start + (f"_w{s.guidance:g}" if s.guidance != 1 else "") + (f"_clamp{clamp}" if clamp != "range" else "")
 
 
 def commit() -> str:

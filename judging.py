@@ -12,7 +12,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from artifacts import load_plain, save_plain
 from conditions import Requests
 from config import Config, Sampling, UserError
-from data import Images, to_float, to_uint8
+from data import Images, spread, to_float, to_uint8
 from drawing import Wanted, draw
 from features import Features, frechet, kid, precision_recall
 from latent_diffusion import LatentDiffusion
@@ -32,8 +32,9 @@ NEIGHBOURS = 3  # training images shown beside a generated one
 
 
 def held_out_pixels(images: Images, at_most: int) -> np.ndarray:
-    """uint8 (N, H, W, 3): the held-out split, and the test split behind it. Raises UserError where they are too few to judge by."""
-    rows = np.concatenate([images.rows(HELD_OUT), images.rows(TEST)])[:at_most]
+    """uint8 (N, H, W, 3), spread evenly over the held-out split and the test split behind it, as class folders come sorted. Raises
+    UserError where they are too few to judge by."""
+    rows = spread(np.concatenate([images.rows(HELD_OUT), images.rows(TEST)]), at_most)
     if len(rows) < 2 * NEIGHBOURS + 2:
         raise UserError(f"{len(rows)} held-out images are too few to judge by; at least {2 * NEIGHBOURS + 2} are needed")
     return images.pixels[rows]

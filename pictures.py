@@ -58,8 +58,8 @@ def save_gif(frames: list[Image.Image], path: Path) -> None:
     )
 
 
-def plot_curves(folder: Path) -> Path:
-    """folder/metrics.jsonl -> folder/curves.png, one panel per figure, training and held-out in the same one."""
+def plot_curves(folder: Path) -> Path | None:
+    """folder/metrics.jsonl -> folder/curves.png, if there is anything to show; one panel per figure, training and held-out in the same one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,6 +72,8 @@ def plot_curves(folder: Path) -> Path:
             if name not in ("step", "images_seen", "minutes", "seconds_to_first_step"):
                 origin, _, panel = name.rpartition("/")
                 series.setdefault(panel, {}).setdefault(origin, []).append((line["step"], value))
+    if not series:  # stopped before the first line
+        return None
     cols = 3
     rows = -(-len(series) // cols)
     figure, axes = plt.subplots(rows, cols, figsize=(5 * cols, 3 * rows), squeeze=False)

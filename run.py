@@ -217,7 +217,7 @@ class Run:
         broken = ~torch.isfinite(values)
         timestep = torch.full_like(self._bad[0], -1)
         if timesteps is not None:
-            timestep = torch.where(broken.any(), timesteps[broken.long().argmax()], timestep)
+            timestep = torch.where(broken.any(), timesteps.gather(0, broken.long().argmax()[None])[0], timestep)
         first = broken.any() & (self._bad[0] < 0)
         self._bad = torch.where(first, torch.stack([torch.full_like(timestep, self.step), timestep]), self._bad)
 
@@ -252,10 +252,13 @@ class Run:
             for name, value in zip([*names, "grad_norm"], [*totals, float(self._sums["grad_norm"])])
         }
         self._sums, self._summed = {}, 0
+        figures = {f"train/{name}": value for name, value in means.items()} | {"lr": self.optimizer.param_groups[0]["lr"]}
+        if self.step == self._stopwatch_step:  # the first step alone, which says nothing of the rate
+            self.log(figures)
+            return
         seconds = time.monotonic() - self._stopwatch
         rate = (self.step - self._stopwatch_step) * self.settings.batch_size / max(seconds, 1e-9)  # images per second
-        self.log({f"train/{name}": value for name, value in means.items()}
-                 | {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate})  # fmt: skip
+        self.log(figures | {"images_per_second": rate})
         left = (self.settings.steps - self.step) * self.settings.batch_size / max(rate, 1e-9) / 60
         if self.settings.max_minutes is not None:
             left = min(left, max(0.0, self.settings.max_minutes - self.minutes))

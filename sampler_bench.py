@@ -39,6 +39,7 @@ def bench(config: Config, model: LatentDiffusion, encodings: Encodings) -> tuple
     """A row per sampler and number of steps, and the distance that as many training latents have: what perfection scores."""
     e, s = config.evaluation, config.sampling
     held_out = model.normaliser.normalise(encodings.held_out.to(model.device))
+    shown = conditions.of_held_out(model.unet.conditioner, encodings, e.images, model.device)
     noises = [(start, min(start + e.batch_size, e.images)) for start in range(0, e.images, e.batch_size)]
 
     def generate(sampler: str, steps: int, bar: tqdm) -> Tensor:
@@ -46,8 +47,7 @@ def bench(config: Config, model: LatentDiffusion, encodings: Encodings) -> tuple
         for start, stop in noises:
             generators = image_generators(s.seed, range(start, stop), "cpu")
             noise = randn((stop - start, *model.shape), generators, model.device)
-            shown = torch.arange(start, stop) % len(encodings.held_out)
-            raw = conditions.of_held_out(model.unet.conditioner, encodings, shown, model.device)
+            raw = None if shown is None else tuple(r[start:stop] for r in shown)
             z.append(
                 sample(
                     model.denoiser(s, raw), noise, model.schedule, sampler, steps, **model.options(s) | {"clean_steps": 0},

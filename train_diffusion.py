@@ -62,7 +62,7 @@ def train(config: Config, dry_run: bool) -> None:
         raise UserError(f"diffusion: {error}") from None
     unet = unet.to(device, memory_format=torch.channels_last)
     require_space(folder, STATE_BYTES * parameters_of(unet))
-    require_memory(device, TRAINING_BYTES * parameters_of(unet) + 4 * encodings.mean.numel())
+    require_memory(device, TRAINING_BYTES * parameters_of(unet))
 
     print(
         f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters on {size}x{size}x{channels} latents, on {device} in {str(dtype)[6:]}\n"

@@ -85,7 +85,9 @@ def train(config: Config, dry_run: bool) -> None:
     header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint)
 
     vae.checkpointing = s.checkpointing
-    compile_networks(config.compile, device, vae, *([judge] if judge else []), *([perceptual] if perceptual else []))
+    # The adaptive weight asks for the gradient of the decoder's last layer alone, twice: a compiled decoder would go back all the
+    # way each time, and what is compiled behind it would have thrown away what the second time needs.
+    compile_networks(config.compile, device, *(vae.encoder if judge else [vae, *([perceptual] if perceptual else [])]))
     with Run(
         folder,
         vae,

@@ -61,6 +61,8 @@ def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Mo
     if why:
         print(f"note: nothing is compiled, as torch.compile fails here: {why}")
         return
+    # Modules share the cache of what was compiled, and each adds an entry for training, for evaluation and for a last batch.
+    torch._dynamo.config.recompile_limit = 64
     for network in networks:
         network.compile(dynamic=False)  # batches have one size; a smaller last one is compiled once more
 

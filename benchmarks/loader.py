@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np  # noqa: I001
 import torch
 from PIL import Image
-from timing import DEVICE, machine, print_table
+from timing import DEVICE, machine, print_table, wait
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -44,6 +44,7 @@ def main(count: int = 4000, batch: int = 64) -> None:
         loader = DataLoader(ImageFolder(folder, transform), batch, shuffle=True, num_workers=os.cpu_count(), drop_last=True)
         started = time.perf_counter()
         seen = sum(len(x.to(DEVICE)) for x, _ in loader)
+        wait()
         rates = {"ImageFolder + DataLoader, every epoch": seen / (time.perf_counter() - started)}
         config = load_config(
             None, [f"runs_dir={name}/runs", "data.source=folder", f"data.path={folder}", "data.image_size=64"]
@@ -57,6 +58,7 @@ def main(count: int = 4000, batch: int = 64) -> None:
             started = time.perf_counter()
             for start in range(0, 4 * len(rows), batch):
                 to_float(pixels.take(rows[order.take(start, batch)]))
+            wait()
             rates[title] = 4 * len(rows) / (time.perf_counter() - started)
         del rates["warm-up"]
     print(f"\n{count:,} JPEG pictures, batches of {batch}, {os.cpu_count()} workers, {machine()}\n")

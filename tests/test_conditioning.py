@@ -260,7 +260,7 @@ def test_a_row_for_each_request_with_its_title(conditional, capsys):
 
 
 def test_a_conditional_model_is_judged_under_what_held_out_images_show(conditional, monkeypatch):
-    """Each image under the next held-out image's labels, from the first again where there are more images."""
+    """Each image under the next held-out image's labels, spread over all, from the first again where there are more images."""
     seen, original = [], LatentDiffusion.denoiser
     monkeypatch.setattr(LatentDiffusion, "denoiser", lambda self, s, raw=None: seen.append(raw[0]) or original(self, s, raw))
     options = ["evaluation.task=samplers", "evaluation.samplers=[heun]", "evaluation.steps=[2]", "evaluation.images=11"]
@@ -271,9 +271,11 @@ def test_a_conditional_model_is_judged_under_what_held_out_images_show(condition
     assert torch.equal(torch.cat(seen), expected)
     seen.clear()
     model, s = model_of(conditional, *CLASSES, "sampling.batch_size=4")
-    raw = conditions.of_held_out(model.unet.conditioner, encodings, torch.arange(8), torch.device("cpu"))
+    raw = conditions.of_held_out(model.unet.conditioner, encodings, 11, torch.device("cpu"))
     assert judging.generated(s, model, raw, 11).shape == (11, 16, 16, 3)
     assert torch.equal(torch.cat(seen), expected)
+    (few,) = conditions.of_held_out(model.unet.conditioner, encodings, 3, torch.device("cpu"))
+    assert torch.equal(few, expected[[0, 4, 7]])  # of eight that may be sorted by class
 
 
 def test_words_that_are_not_known_are_named(conditional, capsys):

@@ -206,7 +206,8 @@ def test_weights_cut_off_before_their_state_are_made_again(trained, tmp_path, ca
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(experiment, capsys, monkeypatch):
+@pytest.mark.parametrize("log_every", [2, 1000])
+def test_a_signal_saves_and_the_same_command_goes_on(experiment, capsys, monkeypatch, log_every):
     original = run.Run.take_step
 
     def interrupted(self, *args, **kwargs):
@@ -215,7 +216,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(experiment, capsys, monkeyp
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(run.Run, "take_step", interrupted)
-    assert experiment.run("train_vae") == 128 + signal.SIGTERM
+    assert experiment.run("train_vae", f"vae.log_every={log_every}") == 128 + signal.SIGTERM
     assert "stopped at step 3 of 6" in capsys.readouterr().err
     assert torch.load(experiment.run_dir / "vae" / "state.pt", weights_only=True)["step"] == 3
     assert experiment.run("create_encodings") == 0

@@ -58,11 +58,17 @@ def test_decoding_in_slices(monkeypatch):
 
 @pytest.fixture
 def tracing(monkeypatch):
-    """torch.compile without code generation, which takes a minute and a compiler: tracing must succeed without a break."""
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", fullgraph=True, **options))
+    """torch.compile without code generation, which takes a minute and a compiler: forward and backward are traced, without a
+    break. Gives the list of what was compiled."""
+    compiler, compiled = torch.compile, []
+
+    def compile(f, **options):
+        compiled.append(f)
+        return compiler(f, backend="aot_eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
     training.missing_compiler.cache_clear()
-    yield
+    yield compiled
     training.missing_compiler.cache_clear()
     torch.compiler.reset()
 
@@ -85,12 +91,24 @@ def test_a_compiled_run_is_the_plain_run(experiment, tracing, capsys):
     plain = {file: (experiment.run_dir / file).read_bytes() for file in ("vae/vae.safetensors", "cosine/unet.safetensors")}
     experiment.train_all(*options, "compile=true", "name=compiled")
     assert experiment.run("infer", *options, "compile=true", "name=compiled") == 0
+    owners = [
+        type(f.__self__).__name__ for f in tracing if hasattr(f, "__self__")
+    ]  # the VAE; its encoder; U-Net; U-Net, decoder
+    assert owners == ["VAE", "Sequential", "UNet", "UNet", "Sequential"]
     from safetensors.torch import load
 
     for file, content in plain.items():
         there = load((experiment.run_dir.parent / "compiled" / file).read_bytes())
         torch.testing.assert_close(there, load(content), rtol=1e-3, atol=1e-4)
     assert "nothing is compiled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_the_adaptive_weight_with_compiled_networks(experiment, tracing, checkpointing):
+    """It goes back through the loss twice, which what is compiled must allow."""
+    options = ["vae.adversarial.weight=0.5", "vae.adversarial.start=0", "vae.adversarial.width=8", "data.image_size=32"]
+    assert experiment.run("train_vae", *options, "compile=true", f"vae.checkpointing={checkpointing}", "vae.steps=2") == 0
+    assert len(tracing) > 5  # the encoder's layers
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
@@ -113,3 +131,10 @@ def test_the_first_step_is_timed_apart(trained):
     lines = [json.loads(line) for line in (trained.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()]
     first = [line for line in lines if "seconds_to_first_step" in line]
     assert [line["step"] for line in first] == [1] and first[0]["seconds_to_first_step"] > 0
+    assert [line["step"] for line in lines if line.get("images_per_second", 0) > 0] == [2, 4, 6]
+
+
+def test_a_first_step_that_is_logged_has_no_rate(experiment):
+    assert experiment.run("train_vae", "vae.log_every=1", "vae.steps=2") == 0
+    lines = [json.loads(line) for line in (experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()]
+    assert ["images_per_second" in line for line in lines if "train/loss" in line] == [False, True]
