@@ -161,3 +161,29 @@ def test_encoding_goes_on_where_it_was_interrupted(trained, tmp_path, monkeypatc
     assert len(written) == len(set(written))  # no part was made twice
     after = torch.load(path, weights_only=True)
     assert all(torch.equal(before[k], after[k]) for k in ("mean", "mean_flipped", "held_out"))
+
+
+WAITING = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import parallel  # loads torch, once for all four
+os.environ.update(WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
+rank = next((r for r in (1, 2, 3) if os.fork() == 0), 0)
+os.environ["RANK"] = str(rank)
+parallel.join()
+if rank == 3:
+    time.sleep(1)
+    open({mark!r}, "w").close()
+parallel.wait()
+there = os.path.exists({mark!r})
+parallel.leave()
+if rank == 0:
+    print("there" if there else "too early")
+"""
+
+
+def test_waiting_is_for_all(tmp_path):
+    """Of four processes the last is late: the first goes on after it, not after those that stand next to it in a tree."""
+    code = WAITING.format(root=str(ROOT), port=free_port(), mark=str(tmp_path / "mark"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "there", done.stderr[-2000:]
