@@ -298,7 +298,17 @@ class Config(Section):
             raise ValueError(
                 "diffusion.condition=text needs diffusion.cross_attention, the latent widths that attend to the caption"
             )
+        if self.diffusion.condition == "text" and not {latent >> level for level in range(halvings + 1)} & set(
+            self.diffusion.cross_attention
+        ):
+            raise ValueError(
+                f"diffusion.cross_attention {self.diffusion.cross_attention} names none of the widths that latents of {latent} have in the U-Net"
+            )
         s = self.sampling
+        if self.diffusion.condition == "none" and s.guidance != 1 and s.autoguidance is None:
+            raise ValueError(
+                f"sampling.guidance={s.guidance:g} with diffusion.condition=none: the model has nothing to be guided by; set it to 1, or name a weaker model with sampling.autoguidance"
+            )
         if s.labels is not None and s.prompts is not None:
             raise ValueError("sampling.labels and sampling.prompts exclude each other")
         if s.guidance_interval is not None and not s.guidance_interval[0] < s.guidance_interval[1]:

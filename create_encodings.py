@@ -32,6 +32,7 @@ from sources import HELD_OUT, TRAIN
 from training import autocast, compile_networks, pick_device, pick_precision
 
 PART = 8192  # images encoded between two writes
+TOKENS = 15  # of a caption, about
 
 
 def encode(config: Config, dry_run: bool) -> None:
@@ -61,7 +62,9 @@ def encode(config: Config, dry_run: bool) -> None:
         return
     encoder = ClipText(config.text.model, device) if config.text.encoder == "clip" and images.captions is not None else None
     if encoder:
-        print(f"captions: {sum(map(len, images.captions)):,} through {encoder.model}")
+        embedded = sum(map(len, images.captions)) * TOKENS * encoder.width * 2  # bytes
+        require_space(config.run_dir, 2 * stored * per_image + embedded)
+        print(f"captions: {sum(map(len, images.captions)):,} through {encoder.model}, about {embedded / 1e6:,.0f} MB")
     if dry_run:
         return
 

@@ -18,6 +18,7 @@ from artifacts import require_space
 from config import Config, UserError
 from sources import HELD_OUT, SOURCES, TRAIN, Source
 
+MAX_SHOWN = 100
 MAX_DAMAGED = 0.01  # share of unreadable images above which the data is taken to be wrong
 MIN_IMAGES = 8
 BLOCK = 64  # images a worker reads at a time
@@ -64,7 +65,11 @@ class Found:
 def find_images(config: Config) -> Found:
     """Look for the images of config.data. Raises UserError if there are none, or too few to split."""
     data = config.data
+    if data.download and not parallel.leads():
+        parallel.wait()  # one process downloads
     source = SOURCES[data.source](data, config.seed)
+    if data.download and parallel.leads():
+        parallel.wait()
     split = source.split
     if split is None or not (split == HELD_OUT).any():
         by_name = split_by_name(source.names, data.holdout)
@@ -125,6 +130,9 @@ def build_cache(found: Found) -> None:
                 for i, picture in zip(block, pictures):
                     if isinstance(picture, str):
                         damaged.append(f"{source.names[i]}: {picture}")
+                        if len(damaged) > max(MAX_SHOWN, MAX_DAMAGED * len(chosen)):
+                            pool.shutdown(wait=False, cancel_futures=True)
+                            report_damaged(folder, damaged, len(chosen))  # enough to know: a wrong crop damages all
                         continue
                     good.append(i)
                     file.write(picture.tobytes())

@@ -33,7 +33,7 @@ from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion, encodings_by, images_of, load_vae
 from models.losses import make_perceptual, perceptual_weights
 from pictures import pairs, save_png
-from sources import TRAIN
+from sources import TRAIN, crop_of
 from training import hardware, parameters_of, pick_device, pick_precision
 
 
@@ -98,7 +98,7 @@ def generation(config: Config, dry_run: bool) -> None:
     perfect, vae = by["held-out (perfection)"], by["held-out, reconstructed"]
     publish(config, f"{name}_generation", device, "\n\n".join([
         f"# Generated images of {config.name}, {config.diffusion_name}: {s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
-        f"Against {len(training):,} training images ({config.data.source}, crop {config.data.crop}, {config.data.image_size} px), in features of **{features.name}**.",
+        f"Against {len(training):,} training images ({config.data.source}, crop {crop_of(config.data)}, {config.data.image_size} px), in features of **{features.name}**.",
         f"Drawn under what {min(n, len(encodings.held_out)):,} held-out images show." if raw else "Drawn under no condition.",
         table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in rows]),
         f"Error budget: of the {by['generated'] - perfect:.1f} that generated images are farther than held-out ones, the VAE costs {vae - perfect:.1f} and the "

@@ -59,7 +59,11 @@ def generated(s: Sampling, model: LatentDiffusion, raw: Raw | None, n: int) -> n
 def training_features(config: Config, images: Images, features: Features, at_most: int) -> Tensor:
     """Of training images spread evenly over all, kept beside the image cache by fingerprint and network."""
     rows = images.rows(TRAIN, at_most)
-    key = hashlib.sha256(f"{images.fingerprint} {features.name} {len(rows)} {images.pixels.shape}".encode()).hexdigest()[:16]
+    weights = config.evaluation.weights
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights else "download"
+    key = hashlib.sha256(
+        f"{images.fingerprint} {features.name} {digest} {len(rows)} {images.pixels.shape}".encode()
+    ).hexdigest()[:16]
     path = Path(config.runs_dir) / "cache" / f"features-{key}.pt"
     if not path.exists():
         save_plain(path, {"features": features(images.pixels[rows])})
@@ -188,6 +192,8 @@ def loss_by_bin(model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: 
     net, prediction = model.unet, model.header["prediction"]
     rows = []
     for first, last in schedule.bins():
+        if prediction == "eps" and schedule.alpha(last) == 0:
+            last -= 1  # flow ends in noise alone: eps says nothing of z0 there
         t = torch.linspace(first, last, len(z)).round().long()
         eps = torch.randn(z.shape, generator=generator).to(z.device)
         alpha, sigma = (f(t).float().to(z.device)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))

@@ -5,6 +5,7 @@ Every source is a function (Data settings, seed) -> Source. Bad input raises Use
 
 import hashlib
 import io
+import os
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -132,22 +133,33 @@ def _reader(files: Files, names: list[str], crop: str, size: int) -> Callable[[l
     return lambda indices: [read_one(names[i]) for i in indices]
 
 
+def crop_of(data: Data) -> str:
+    """What data.crop=auto stands for."""
+    return data.crop if data.crop != "auto" else "ddim" if data.source == "celeba" else "square"
+
+
 def folder(data: Data, seed: int) -> Source:
-    """Any folder or zip of pictures; class subfolders, where all pictures lie in some, become labels. Captions beside them."""
+    """Any folder or zip of pictures; class subfolders, where all pictures lie in some, become labels, and train/, val/, test/ above
+    them the split. Captions beside them."""
     files = Files(data.path)
     names = files.images
     source = Source(
         names,
-        _reader(files, names, "square" if data.crop == "auto" else data.crop, data.image_size),
+        _reader(files, names, crop_of(data), data.image_size),
         key=[[n, files.stamps[n]] for n in names],
     )
     _caption(source, *captions.beside(files))
-    parents = [Path(n).parent.as_posix() for n in names]
+    parents = [Path(n).parent.parts for n in names]
     # A zip often has one folder around everything: what all names share is no class.
-    classes = sorted(set(parents))
-    if len(classes) > 1 and "." not in classes:
-        source.labels = np.array([[classes.index(p)] for p in parents], dtype=np.int64)
-        source.label_names = {"class": [Path(c).name for c in classes]}
+    shared = len(os.path.commonprefix(parents))
+    below = [parts[shared:] for parts in parents]
+    if all(parts and parts[0] in captions.SPLITS for parts in below):
+        if source.split is None:
+            source.split = np.array([captions.SPLITS[parts[0]] for parts in below], dtype=np.uint8)
+        below = [parts[1:] for parts in below]
+    if all(below) and len(classes := sorted({parts[0] for parts in below})) > 1:
+        source.labels = np.array([[classes.index(parts[0])] for parts in below], dtype=np.int64)
+        source.label_names = {"class": classes}
     return source
 
 
@@ -171,7 +183,7 @@ def coco(data: Data, seed: int) -> Source:
     names = [n for n in files.images if n in texts]
     source = Source(
         names,
-        _reader(files, names, "square" if data.crop == "auto" else data.crop, data.image_size),
+        _reader(files, names, crop_of(data), data.image_size),
         key=[[n, files.stamps[n]] for n in names],
     )
     _caption(source, texts, splits, stamps)

@@ -25,11 +25,12 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and parallel.size() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device: {name} asked for, and torch finds {torch.cuda.device_count()} CUDA devices here; use device=auto or device=cpu"
+            f"device: {device} asked for, and torch finds {torch.cuda.device_count()} CUDA devices here; use device=auto or device=cpu"
         )
+    if device.type == "cuda" and parallel.size() > 1:
+        torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps asked for, and torch finds none here; use device=auto or device=cpu")
     return device

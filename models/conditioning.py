@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.layers import zero
+from models.layers import heads_of, zero
 from models.transformer import EncoderBlock
 
 Raw = tuple[Tensor, ...]
@@ -95,7 +95,7 @@ class Words(Conditioner):
         self.size = self.FIRST_WORD + len(vocabulary)
         self.table = nn.Embedding(self.size, width)
         self.positions = nn.Parameter(0.02 * torch.randn(max_words + 1, width))
-        self.blocks = nn.ModuleList(EncoderBlock(width, max(1, width // 64)) for _ in range(layers))
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads_of(width, 64)) for _ in range(layers))
         self.norm, self.to_emb = nn.LayerNorm(width), nn.Linear(width, emb_dim)
         nn.init.normal_(self.table.weight, std=0.1)
         self.direct = zero(nn.Embedding(self.size + len(pairs) + 1, emb_dim))  # words, pairs, and any other pair

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from models.layers import Attention, Downsample, ResBlock, Upsample, norm, recomputed
 
-PIXELS_AT_ONCE = 2**20  # decoded where no gradient is wanted: 4 images of 512x512, 256 of 64x64
+PIXELS_AT_ONCE = 2**20  # encoded or decoded where no gradient is wanted: 4 images of 512x512, 256 of 64x64
 
 
 @dataclass
@@ -97,12 +97,16 @@ class VAE(nn.Module):
         return self.decoder[-2].weight
 
     def encode(self, images: Tensor) -> Posterior:
-        """(B, 3, H, W) in [-1, 1] -> q(z | x). H and W are multiples of the down-sampling factor, else ValueError."""
+        """(B, 3, H, W) in [-1, 1] -> q(z | x), a few images at a time where no gradient is wanted. H and W are multiples of the down-sampling factor, else ValueError."""
         if images.shape[-1] % self.downsampling or images.shape[-2] % self.downsampling:
             raise ValueError(
                 f"images of {images.shape[-1]}x{images.shape[-2]} do not divide by the down-sampling factor {self.downsampling}"
             )
-        mean, logvar = self._through(self.encoder, images).float().chunk(2, dim=1)
+        parts = [images]
+        if not torch.is_grad_enabled():
+            parts = images.split(max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3])))
+        moments = torch.cat([self._through(self.encoder, part).float() for part in parts])
+        mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:

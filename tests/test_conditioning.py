@@ -340,8 +340,9 @@ def test_bad_requests(conditional, capsys, model, options, message):
 @pytest.mark.parametrize("options, message", [
     (["diffusion.condition=class", "diffusion.labels=[hat, smell]"], "'smell' is not among the labels"),
     (["diffusion.condition=text"], "needs text.encoder=clip or words"),
+    (["sampling.guidance=3"], "has nothing to be guided by"),
     (["diffusion.condition=text", "text.encoder=words"], "needs diffusion.cross_attention"),
-    (["diffusion.condition=text", "text.encoder=words", "diffusion.cross_attention=[16]"], "names none of the latent's widths"),
+    (["diffusion.condition=text", "text.encoder=words", "diffusion.cross_attention=[16]"], "names none of the widths that latents of 8 have"),
     (["diffusion.condition=text", "text.encoder=clip", "diffusion.cross_attention=[4]"], "text.model was None"),
 ])  # fmt: skip
 def test_bad_training(conditional, capsys, options, message):

@@ -136,6 +136,37 @@ def test_zip_gives_what_the_folder_gives(tmp_path, pictures):
     assert np.array_equal(a.pixels, b.pixels) and b.labels is None
 
 
+def test_folders_named_after_splits_are_the_split(tmp_path):
+    """set/train/cat/1.jpg, set/val/dog/a/2.jpg: two classes, however deep the pictures lie, and the split of the folders."""
+    for place in ("train/cat", "train/dog", "val/cat", "val/dog/a"):
+        for i in range(8):
+            path = tmp_path / "in" / "set" / place / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise_image(hash((place, i)) % 1000, 16, 16).save(path)
+    images = load_images(settings(tmp_path, path=tmp_path / "in"))
+    assert images.label_names == {"class": ["cat", "dog"]} and images.labels[:, 0].tolist() == 2 * (8 * [0] + 8 * [1])
+    assert images.split.tolist() == 16 * [TRAIN] + 16 * [HELD_OUT]
+
+
+def test_a_crop_that_fits_no_picture_is_noticed_early(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_SHOWN", 3)
+    monkeypatch.setattr(data_module, "BLOCK", 2)
+    read = []
+    original = data_module.SOURCES["folder"]
+
+    def watched(data, seed):
+        source = original(data, seed)
+        reader = source.read
+        source.read = lambda indices: time.sleep(0.05) or read.append(len(indices)) or reader(indices)
+        return source
+
+    monkeypatch.setitem(data_module.SOURCES, "folder", watched)
+    with pytest.raises(UserError, match="data.crop=ddim is for CelebA's aligned"):
+        load_images(settings(tmp_path, path=pictures, crop="ddim"))
+    (report,) = (tmp_path / "runs" / "cache").glob("*-damaged.txt")
+    assert len(report.read_text().splitlines()) == 4 and sum(read) < 20
+
+
 def test_limit_spreads_over_classes(tmp_path, pictures):
     images = load_images(settings(tmp_path, path=pictures, limit=8))
     assert len(images.rows(TRAIN)) == 8 and len(images.rows(HELD_OUT)) == 1

@@ -45,15 +45,17 @@ def test_recomputed_activations_give_the_same_gradients_for_less_memory(make, in
     assert kept_then < 0.6 * kept
 
 
-def test_decoding_in_slices(monkeypatch):
+def test_encoding_and_decoding_in_slices(monkeypatch):
     """The same pictures, and never more than so many pixels at once; in training the batch stays whole."""
     vae, z, sizes = wake(small_vae()), torch.randn(7, 4, 8, 8), []
-    vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    for half in (vae.encoder, vae.decoder):
+        half.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     monkeypatch.setattr(models.vae, "PIXELS_AT_ONCE", 3 * 16 * 16)
     whole = vae.decode(z)
     with torch.no_grad():
         torch.testing.assert_close(vae.decode(z), whole)
-    assert sizes == [7, 3, 3, 1]
+        torch.testing.assert_close(vae.encode(whole).mean, torch.cat([vae.encode(x[None]).mean for x in whole]))
+    assert sizes == [7, 3, 3, 1] + [3, 3, 1] + [1] * 7
 
 
 @pytest.fixture
