@@ -278,6 +278,27 @@ def test_a_conditional_model_is_judged_under_what_held_out_images_show(condition
     assert torch.equal(few, expected[[0, 4, 7]])  # of eight that may be sorted by class
 
 
+def test_a_mirrored_latent_keeps_its_images_condition(conditional, monkeypatch):
+    """Row n + i is image i mirrored: the labels asked for are those of rows modulo n."""
+    import train_diffusion
+
+    latents, asked, original, take = [], [], conditions.of_images, train_diffusion.Feed.take
+
+    def watched(*args):
+        of_train, of_held_out = original(*args)
+        inner = of_train.take
+        of_train.take = lambda rows: asked.append(rows) or inner(rows)
+        return of_train, of_held_out
+
+    monkeypatch.setattr(conditions, "of_images", watched)
+    monkeypatch.setattr(
+        train_diffusion.Feed, "take", lambda self, now, then=None: latents.append(now) or take(self, now, then)
+    )
+    assert conditional.run("train_diffusion", *CLASSES, "diffusion.name=mirrors") == 0
+    rows = torch.cat(latents)
+    assert int(rows.max()) >= 48 and torch.equal(torch.cat(asked), rows % 48)
+
+
 def test_words_that_are_not_known_are_named(conditional, capsys):
     assert conditional.run("infer", *WORDS, "sampling.prompts=[a man with red hair, a zebra]", "sampling.strip=2") == 0
     out = capsys.readouterr().out
