@@ -34,9 +34,8 @@ def beside(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
 def _from_jsonl(files, name: str) -> tuple[dict[str, list[str]], dict[str, int]]:
     folder, images, captions, splits, missing = PurePosixPath(name).parent, set(files.images), {}, {}, []
     try:
-        lines = (
-            files.read(name).decode("utf-8-sig").split("\n")
-        )  # not splitlines: JSON may hold other separators inside a string
+        # Not splitlines: JSON may hold other separators inside a string.
+        lines = files.read(name).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"data.path: {name} is not UTF-8 ({error})") from None
     for number, line in enumerate(lines, start=1):

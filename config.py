@@ -77,7 +77,7 @@ class Training(Section):
     micro_batch: Union[Literal["auto"], PositiveInt] = key(
         "auto", "images per forward and backward pass, gradients being summed; auto: halve until it fits the GPU's memory"
     )
-    checkpointing: bool = key(False, "recompute activations in the backward pass: far less memory, about a third more time")
+    checkpointing: bool = key(False, "recompute activations in the backward pass: less memory for one more forward pass")
     lr: PositiveFloat = key(2e-4, "learning rate of AdamW after warm-up")
     lr_decay: Literal["none", "cosine"] = key("none", "cosine: fall to a tenth of lr at the last step, or at max_minutes")
     warmup: Count = key(500, "steps over which lr rises linearly from 0")

@@ -97,35 +97,31 @@ class VAE(nn.Module):
         return self.decoder[-2].weight
 
     def encode(self, images: Tensor) -> Posterior:
-        """(B, 3, H, W) in [-1, 1] -> q(z | x), a few images at a time where no gradient is wanted. H and W are multiples of the down-sampling factor, else ValueError."""
+        """(B, 3, H, W) in [-1, 1] -> q(z | x). H and W are multiples of the down-sampling factor, else ValueError."""
         if images.shape[-1] % self.downsampling or images.shape[-2] % self.downsampling:
             raise ValueError(
                 f"images of {images.shape[-1]}x{images.shape[-2]} do not divide by the down-sampling factor {self.downsampling}"
             )
-        parts = [images]
-        if not torch.is_grad_enabled():
-            parts = images.split(max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3])))
-        moments = torch.cat([self._through(self.encoder, part).float() for part in parts])
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = self._through(self.encoder, images, images.shape[2] * images.shape[3]).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, about in [-1, 1] (exactly so with output "tanh").
-
-        Where no gradient is wanted, a few at a time: the largest maps of a batch of large images would not fit.
-        """
-        parts = [z]
-        if not torch.is_grad_enabled():
-            parts = z.split(max(1, PIXELS_AT_ONCE // (z.shape[2] * z.shape[3] * self.downsampling**2)))
-        images = torch.cat([self._through(self.decoder, part).float() for part in parts])
+        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, about in [-1, 1] (exactly so with output "tanh")."""
+        images = self._through(self.decoder, z, z.shape[2] * z.shape[3] * self.downsampling**2)
         return torch.tanh(images) if self.output == "tanh" else images
 
-    def _through(self, layers: nn.Sequential, x: Tensor) -> Tensor:
-        if not self.checkpointing:
-            return layers(x)
-        for layer in layers:
-            x = recomputed(layer, x)
-        return x
+    def _through(self, layers: nn.Sequential, x: Tensor, pixels: int) -> Tensor:
+        """float32. Where no gradient is wanted, images of so many pixels a few at a time: their largest maps would not fit."""
+        parts = [x] if torch.is_grad_enabled() else x.split(max(1, PIXELS_AT_ONCE // pixels))
+
+        def one(part: Tensor) -> Tensor:
+            if not self.checkpointing:
+                return layers(part)
+            for layer in layers:
+                part = recomputed(layer, part)
+            return part
+
+        return torch.cat([one(part).float() for part in parts])
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """Reconstruction of one posterior sample, and the posterior."""
