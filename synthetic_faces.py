@@ -187,7 +187,7 @@ def _look(seed, indices):
     g["square"] = rnd("square", 0, .18) + np.where(male & ~child, .22, 0)
     g["neck"] = rnd("neck", .15, .17) + np.where(male, .05, 0) - np.where(child, .03, 0)
     g["shoulder"] = rnd("shoulder", .30, .42) - np.where(male, .1, 0) + np.where(child, .25, 0)
-    g["neckline"] = rnd("neckline", .80, .96)
+    g["neckline"] = rnd("neckline", .70, .84)
     g["v_neck"] = rnd("v_neck", -.25, .75)
     # eyes, brows, nose, mouth
     g["eye_x"] = rnd("eye_x", .165, .19)
@@ -410,7 +410,7 @@ def _draw(g, c, size, canvas, scratch):
     s = rows(.30, 1)
     bx, by = np.abs(x[:, s]), y[:, s]
     b2 = bx * bx
-    d_body = b2 * b2 * 0.5 + b2 * g.shoulder + 0.70 - by
+    d_body = b2 * b2 * 0.5 + b2 * g.shoulder + .60 - by
     cloth = _cover(d_body.copy(), sharp)
     paint(cloth, s, c["cloth_dark"], c["cloth"], by * -0.5 + x[:, s] * (g.lx * 0.22) + 1.15)
     if g.stripe_f.any():

@@ -151,6 +151,15 @@ def test_skin_grows_darker_in_the_order_of_its_names(many):
     assert (np.diff(means) < -15).all(), means
 
 
+def test_the_named_clothes_are_in_the_picture(monkeypatch):
+    indices = np.arange(400)
+    seen = faces.render(0, indices, 64).astype(int)
+    monkeypatch.setattr(faces, "CLOTHES", 255 - faces.CLOTHES)
+    changed = np.abs(faces.render(0, indices, 64) - seen).max(3) > 24
+    share = changed.mean((1, 2))  # of the picture that is cloth
+    assert (share > 0.01).mean() > 0.98 and share.min() > 0.004
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="size must be at least 16"):
         faces.render(0, np.arange(2), 8)
