@@ -23,7 +23,7 @@ import parallel
 from artifacts import fingerprint, load_plain, require_space, save_plain
 from clip import ClipText
 from config import Config, UserError
-from data import to_float
+from data import Images, to_float
 from feed import Feed
 from latent_cache import CaptionEmbeddings, Encodings
 from latent_diffusion import images_of, load_vae, vae_path
@@ -57,7 +57,8 @@ def encode(config: Config, dry_run: bool) -> None:
         f"{side}x{side}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}\nfiles: {path} ({stored * per_image / 1e6:,.0f} MB)"
     )
     captions = {split: [images.captions[i] for i in rows[split]] if images.captions is not None else None for split in rows}
-    if is_current(path, vae_fingerprint, images.fingerprint, captions, images.label_names, config):
+    labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
+    if is_current(path, vae_fingerprint, images, captions, labels, config):
         print(f"{path}: up to date")
         return
     encoder = ClipText(config.text.model, device) if config.text.encoder == "clip" and images.captions is not None else None
@@ -117,7 +118,6 @@ def encode(config: Config, dry_run: bool) -> None:
         normaliser = Normaliser.measure(mean, s.normalise)
     except ValueError as error:
         raise UserError(f"{vae_path(config)}: {error}") from None
-    labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
     text = (
         embed(encoder, [text for split in rows for texts in captions[split] for text in texts], s.batch_size)
         if encoder
@@ -158,21 +158,20 @@ def embed(encoder: ClipText, captions: list[str], batch_size: int) -> CaptionEmb
     return CaptionEmbeddings.of(encoder.model, [embeddings[place[i]] for i in range(len(captions))])
 
 
-def is_current(
-    path: Path, vae_fingerprint: str, data_fingerprint: str, captions: dict, label_names: dict, config: Config
-) -> bool:
+def is_current(path: Path, vae_fingerprint: str, images: Images, captions: dict, labels: dict, config: Config) -> bool:
     """Does the file hold what this run would write? A damaged one does not."""
     try:
         there = Encodings.load(path)
     except UserError:
         return False
-    fits = there.vae_fingerprint == vae_fingerprint and there.data_fingerprint == data_fingerprint
-    fits = (
-        fits
-        and there.label_names == label_names
+    return (
+        (there.vae_fingerprint, there.data_fingerprint) == (vae_fingerprint, images.fingerprint)
         and (there.captions, there.held_out_captions) == (captions[TRAIN], captions[HELD_OUT])
+        and there.label_names == images.label_names
+        and (there.labels is None or torch.equal(there.labels, labels[TRAIN]))
+        and (there.held_out_labels is None or torch.equal(there.held_out_labels, labels[HELD_OUT]))
+        and not there.differences(config)
     )
-    return fits and not there.differences(config)
 
 
 def card(n: Normaliser) -> str:

@@ -33,7 +33,7 @@ class Source:
 
     names: list[str]
     read: Callable[[list[int]], list]
-    key: list  # what the pictures depend on beside size and crop: names, sizes, times
+    key: list  # what pictures, split, labels and captions depend on beside size and crop: names, sizes, times
     split: np.ndarray | None = None  # (N,) TRAIN, HELD_OUT or TEST; None: the source has no split of its own
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)  # attribute -> names of its values, one per column
@@ -209,7 +209,9 @@ def celeba(data: Data, seed: int) -> Source:
         _reader(files, names, "ddim" if data.crop == "auto" else data.crop, data.image_size),
         key=[[n, files.stamps[n]] for n in names],
     )
-    partition, attributes = files.find_text("list_eval_partition.txt"), files.find_text("list_attr_celeba.txt")
+    lists = "list_eval_partition.txt", "list_attr_celeba.txt"
+    partition, attributes = map(files.find_text, lists)
+    source.key = [source.key, [[n, stamp] for n, stamp in files.stamps.items() if Path(n).name in lists]]
     try:
         if partition:
             number = {line.split()[0]: int(line.split()[1]) for line in partition if line.strip()}  # 0 train, 1 val, 2 test

@@ -248,6 +248,16 @@ def test_celeba(tmp_path):
     assert np.array_equal(images.pixels[4], stored[28:92, 12:76])
 
 
+def test_other_labels_are_the_same_pictures(tmp_path):
+    make_celeba(tmp_path / "in")
+    attributes, config = tmp_path / "in" / "list_attr_celeba.txt", settings(tmp_path, source="celeba", path=tmp_path / "in")
+    first = load_images(config)
+    attributes.write_text(attributes.read_text().replace("000001.jpg  1", "000001.jpg -1"))
+    now = load_images(config)
+    assert first.labels[0, 0] == 1 and now.labels[0, 0] == 0
+    assert now.fingerprint == first.fingerprint  # what ties a VAE to its images
+
+
 def test_celeba_without_lists_and_with_a_short_one(tmp_path):
     make_celeba(tmp_path / "in")
     (tmp_path / "in" / "list_eval_partition.txt").unlink()

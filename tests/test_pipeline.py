@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import artifacts
 import feed
 import run
+from latent_cache import Encodings
 
 
 def fails(experiment, capsys, stage, *overrides, code=2) -> str:
@@ -93,6 +94,15 @@ def test_again_does_nothing_twice(trained, capsys, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in trained.run_dir.rglob("*.safetensors")} | {
         "e": (trained.run_dir / "encodings.pt").stat().st_mtime_ns
     }
+
+
+def test_other_labels_need_new_encodings_and_no_new_vae(trained, tmp_path):
+    experiment = copy_of(trained, tmp_path)
+    (path,) = experiment.folder.glob("runs/cache/*/labels.npy")
+    np.save(path, 1 - np.load(path).clip(0, 1))
+    assert experiment.run("create_encodings") == 0
+    encodings = Encodings.load(experiment.run_dir / "encodings.pt")
+    assert torch.equal(torch.cat([encodings.labels, encodings.held_out_labels]), torch.from_numpy(np.load(path)))
 
 
 def test_linear_lives_beside_cosine(trained, tmp_path, capsys):
