@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Callable
 
@@ -102,6 +103,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         parallel.leave()
     if LEADS:
         print(message, file=sys.stderr)
-    elif code == 1:
+    elif message.startswith("error: "):
+        time.sleep(2)  # what rank 0 met too it says itself, and torchrun then ends the others
         print(f"process {os.environ['RANK']}: {message}", file=sys.stderr)
     return code

@@ -70,7 +70,7 @@ def peers() -> dict:
     except ImportError:
         print("denoising-diffusion-pytorch is not installed: left out", file=sys.stderr)
     else:
-        build = lambda: Unet(dim=96, dim_mults=(1, 2, 3), channels=CHANNELS, dropout=0.1, flash_attn=False)  # noqa: E731
+        build = lambda: Unet(dim=144, dim_mults=(1, 2, 3), channels=CHANNELS, dropout=0.1, flash_attn=False)  # noqa: E731
         found["denoising-diffusion-pytorch"] = (build, lambda net, z_t, t: net(z_t, t))
     return found
 

@@ -13,6 +13,9 @@ from conftest import ROOT, Experiment
 from PIL import Image
 from safetensors.torch import load_file
 
+import cli
+import parallel
+from config import UserError
 from models.unet import UNet
 
 STAGES = ("train_vae", "create_encodings", "train_diffusion", "infer")
@@ -187,3 +190,16 @@ def test_waiting_is_for_all(tmp_path):
     code = WAITING.format(root=str(ROOT), port=free_port(), mark=str(tmp_path / "mark"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "there", done.stderr[-2000:]
+
+
+def test_an_error_of_one_process_alone_is_said(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "LEADS", False)
+    monkeypatch.setattr(cli.time, "sleep", lambda _: None)
+    monkeypatch.setattr(parallel, "join", lambda: None)
+
+    def work(config, dry_run):
+        raise UserError("it does not fit")
+
+    assert cli.run(work, "", []) == 2
+    assert capsys.readouterr().err == "process 1: error: it does not fit\n"
