@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Callable
 
@@ -83,27 +84,42 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         parallel.join()
         with contextlib.nullcontext() if LEADS else contextlib.redirect_stdout(open(os.devnull, "w")):
             work(config, dry_run)
-        return 0
-    except UserError as error:
-        message, code = f"error: {error}", 2
-    except Diverged as error:
-        message, code = f"error: {error}", 1
-    except Stopped as stop:
-        message, code = str(stop), 128 + stop.signal_number
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message, code = (
-            f"error: no space left on the disk of {error.filename or 'the run directory'}; what was saved before is whole: free some space and run the same command again",
-            2,
-        )
-    finally:
         parallel.leave()
+        return 0
+    except BaseException as error:
+        message, code = answer_to(error)
+        if message is None and parallel.size() == 1:
+            raise
+        message = message or f"error: {traceback.format_exc()}"
     if LEADS:
         print(message, file=sys.stderr)
     elif message.startswith("error: "):
         time.sleep(2)  # what rank 0 met too it says itself, and torchrun then ends the others
         print(f"process {os.environ['RANK']}: {message}", file=sys.stderr)
+    if parallel.size() > 1:
+        # The others may be waiting for this process in a collective, and leaving the group, or an ordinary exit, for them:
+        # torchrun ends them when this one is gone.
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
     return code
+
+
+def answer_to(error: BaseException) -> tuple[str | None, int]:
+    """One line and an exit code; None where nobody foresaw it."""
+    from artifacts import first_line
+    from training import is_out_of_memory
+
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, Diverged):
+        return f"error: {error}", 1
+    if isinstance(error, Stopped):
+        return str(error), 128 + error.signal_number
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "the run directory"
+        return f"error: no space left on the disk of {where}; what was saved before is whole: free some space and run the same command again", 2  # fmt: skip
+    if is_out_of_memory(error):
+        return f"error: out of memory, use a smaller batch_size ({first_line(error)})", 2
+    return None, 1

@@ -38,4 +38,5 @@ class ClipText:
             self.device
         )
         states = self.net(**batch).last_hidden_state.float()  # (B, L, width)
-        return [row[: int(mask.sum())].cpu() for row, mask in zip(states, batch["attention_mask"])]
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        return [row[:length] for row, length in zip(states.cpu(), lengths)]

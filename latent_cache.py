@@ -8,6 +8,7 @@ from torch import Tensor
 
 from artifacts import fingerprint, load_plain, save_plain
 from config import Config, UserError
+from feed import Feed
 from models.latents import Normaliser
 
 OPTIONAL = ("mean_flipped", "labels", "held_out_labels", "captions", "held_out_captions", "text")
@@ -24,6 +25,7 @@ class CaptionEmbeddings:
     def __post_init__(self):
         self._first = self.lengths.cumsum(0) - self.lengths
         self._longest = int(self.lengths.max())
+        self._feed: Feed | None = None
 
     @classmethod
     def of(cls, model: str, embeddings: list[Tensor]) -> "CaptionEmbeddings":
@@ -34,6 +36,11 @@ class CaptionEmbeddings:
     def width(self) -> int:
         return self.values.shape[1]
 
+    def feed(self, device) -> Feed:
+        """For training: from now on batches are gathered on the device, if all values fit there."""
+        self._feed = Feed([self.values], device)
+        return self._feed
+
     def null(self) -> Tensor:
         """(L, D) float32 of the empty caption."""
         return self.values[int(self._first[-1]) :].float()
@@ -43,8 +50,9 @@ class CaptionEmbeddings:
         places = torch.arange(self._longest)
         mask = places < self.lengths[captions, None]
         rows = torch.where(mask, self._first[captions, None] + places, 0)
-        tokens = (self.values[rows] * mask[:, :, None]).to(device, non_blocking=True)
-        return tokens.float(), mask.to(device, non_blocking=True)
+        tokens = self._feed.take(rows) if self._feed else self.values[rows].to(device)
+        mask = mask.to(device, non_blocking=True)
+        return tokens.float() * mask[:, :, None], mask
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Several processes, one experiment: `torchrun --nproc-per-node N train_diffusion.py …`. One process needs none of this.
 
 Every process draws the same batch, works on its share of it, and the gradients are summed: the result is that of one
-process, to rounding, but for dropout, whose masks are drawn for each share. Rank 0 alone decides, writes and speaks.
+process, to rounding, but for dropout, whose masks are drawn for each share, and the adversarial term's adaptive weight, which is each
+part's own. Rank 0 alone decides, writes and speaks.
 Commands are given and results gathered on the CPU (gloo), gradients summed where they lie (nccl on CUDA).
 """
 

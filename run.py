@@ -18,7 +18,7 @@ from cli import Diverged, Stopped
 from config import Config, Logging, Training, UserError
 from logs import Writers
 from pictures import plot_curves, save_png
-from training import EMA, learning_rate
+from training import EMA, is_out_of_memory, learning_rate
 
 # What may differ when a run is resumed; everything else would make it another experiment.
 MAY_CHANGE = (
@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "snapshot_every",
     "sample_images",
     "name",
+    "weights",  # of the perceptual network: where the file lies
 )
 
 
@@ -158,7 +159,9 @@ class Run:
                 for start in range(share.start, share.stop, self.micro_batch):
                     backward(slice(start, min(start + self.micro_batch, share.stop)))
                 break
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.settings.micro_batch != "auto" or self.micro_batch == 1:
                     raise UserError(f"{self.folder}: {self.micro_batch} images at a time do not fit the GPU's memory; "
                                     f"use a smaller micro_batch or smaller widths") from None  # fmt: skip

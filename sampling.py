@@ -173,7 +173,7 @@ def make_denoiser(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Denoise:
-    """Wrap net(z_t, t) -> prediction (eps | v | x0) as denoise(z_t, t) -> z0_hat; the network runs under autocast to dtype."""
+    """Wrap net(z_t, t) -> prediction (eps | v | x0 | velocity) as denoise(z_t, t) -> z0_hat; the network runs under autocast to dtype."""
     alphas, sigmas = schedule.tables(device)
 
     @torch.no_grad()
@@ -274,7 +274,10 @@ def randn(shape, generator: Generators, device) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} images")
-    return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+    noise = torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator])
+    if torch.device(device).type == "cuda" and not noise.is_cuda:
+        noise = noise.pin_memory()  # or the copy would wait for all that the device has still to do
+    return noise.to(device, non_blocking=True)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:

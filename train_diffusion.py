@@ -75,6 +75,11 @@ def train(config: Config, dry_run: bool) -> None:
         + "\n"
         f"files: {folder}/unet.safetensors, state.pt, metrics.jsonl, curves.png, samples/"
     )
+    levels = [size >> level for level in range(len(s.widths))]
+    if s.attention and not set(s.attention) & set(levels):
+        print(
+            f"note: diffusion.attention {s.attention} names none of the latent's widths, {', '.join(map(str, levels))}: there is none but in the middle"
+        )
     if dry_run:
         return
 
@@ -88,8 +93,10 @@ def train(config: Config, dry_run: bool) -> None:
     held_out = normaliser.normalise(encodings.held_out[shown].to(device))
     of_train, held_out_raw, fingerprints = None, None, {"encodings_fingerprint": encodings.fingerprint}
     if conditioning:
+        if encodings.text is not None:
+            print(f"captions: {encodings.text.feed(device)}")
         of_train, of_held_out = conditions.of_images(unet.conditioner, encodings, device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same captions every time
             held_out_raw = of_held_out.take(shown)
         fingerprints |= {"conditions": of_train.fingerprint, "conditioning": conditioning}
@@ -111,7 +118,7 @@ def train(config: Config, dry_run: bool) -> None:
             if run.due(s.log_every):
                 run.report()
             if run.due(s.eval_every) and run.leads:
-                losses = held_out_losses(run.ema.net, held_out, held_out_raw, schedule, s, dtype)
+                losses = held_out_losses(run.ema.net, held_out, held_out_raw, schedule, s, run.micro_batch, dtype)
                 run.log(
                     {
                         "held_out/loss": sum(losses) / len(losses),
@@ -122,7 +129,7 @@ def train(config: Config, dry_run: bool) -> None:
                     f"held-out loss {sum(losses) / len(losses):.4f}, by timestep bin "
                     + " ".join(f"{loss:.3f}" for loss in losses)
                 )
-                picture = sample_picture(run.ema.net, held_out_raw, vae, normaliser, schedule, s, dtype)
+                picture = sample_picture(run.ema.net, held_out_raw, vae, normaliser, schedule, s, run.micro_batch, dtype)
                 run.picture("samples", picture, f"samples/step_{run.step:07d}.png")
             if s.snapshot_every and run.due(s.snapshot_every) and run.leads:
                 run.snapshot()
@@ -178,7 +185,7 @@ def split(tensors: tuple[Tensor, ...], raw: Raw | None, size: int):
 
 @torch.no_grad()
 def held_out_losses(
-    unet: UNet, z: Tensor, raw: Raw | None, schedule: Schedule, s: Diffusion, dtype: torch.dtype
+    unet: UNet, z: Tensor, raw: Raw | None, schedule: Schedule, s: Diffusion, at_once: int, dtype: torch.dtype
 ) -> list[float]:
     """Unweighted loss in each of the schedule's bins of timesteps, at the same noise and timesteps every time."""
     generator = torch.Generator().manual_seed(0)
@@ -190,21 +197,23 @@ def held_out_losses(
         with autocast(z.device, dtype):
             parts = [
                 diffusion_loss(unet, *part, alphas, sigmas, s.prediction, tuple(part_raw) or None)
-                for *part, part_raw in split((z, eps, t), raw, s.batch_size)
+                for *part, part_raw in split((z, eps, t), raw, at_once)
             ]
         losses.append(float(torch.cat(parts).mean()))
     return losses
 
 
 @torch.no_grad()
-def sample_picture(unet: UNet, raw: Raw | None, vae: VAE, normaliser, schedule: Schedule, s: Diffusion, dtype: torch.dtype):
+def sample_picture(
+    unet: UNet, raw: Raw | None, vae: VAE, normaliser, schedule: Schedule, s: Diffusion, at_once: int, dtype: torch.dtype
+):
     """A grid of samples from the same noise every time: UniPC, 20 steps, clamped to the measured range; conditioned on
     what held-out images show, unguided."""
     device = normaliser.scale.device
     shape = (unet.settings["channels"], unet.settings["size"], unet.settings["size"])
     images = []
-    for start in range(0, s.sample_images, s.batch_size):
-        indices = range(start, min(start + s.batch_size, s.sample_images))
+    for start in range(0, s.sample_images, at_once):
+        indices = range(start, min(start + at_once, s.sample_images))
         noise = randn((len(indices), *shape), image_generators(0, indices, "cpu"), device)
         theirs = None if raw is None else tuple(r[[i % len(r) for i in indices]] for r in raw)
         denoise = make_denoiser(lambda z_t, t, raw=theirs: unet(z_t, t, raw), schedule, s.prediction, device, dtype)

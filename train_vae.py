@@ -85,9 +85,10 @@ def train(config: Config, dry_run: bool) -> None:
     header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint)
 
     vae.checkpointing = s.checkpointing
-    # The adaptive weight asks for the gradient of the decoder's last layer alone, twice: a compiled decoder would go back all the
-    # way each time, and what is compiled behind it would have thrown away what the second time needs.
-    compile_networks(config.compile, device, *(vae.encoder if judge else [vae, *([perceptual] if perceptual else [])]))
+    # The adaptive weight asks for the gradient of the decoder's last layer alone, twice: a decoder compiled whole would go back all
+    # the way each time, and what is compiled behind that layer would have thrown away what the second time needs.
+    whole = [vae, *([perceptual] if perceptual else [])]
+    compile_networks(config.compile, device, *([*vae.encoder, *vae.decoder[:-2]] if judge else whole))
     with Run(
         folder,
         vae,
@@ -107,7 +108,7 @@ def train(config: Config, dry_run: bool) -> None:
             if run.due(s.log_every):
                 run.report()
             if run.due(s.eval_every) and run.leads:
-                figures, sheet = evaluate(run.ema.net, pixels, held_out, perceptual, s, device, dtype)
+                figures, sheet = evaluate(run.ema.net, pixels, held_out, perceptual, s, run.micro_batch, device, dtype)
                 run.log({f"held_out/{name}": value for name, value in figures.items()})
                 run.picture("reconstructions", sheet, "reconstructions.png")
                 run.say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -166,11 +167,13 @@ def load_perceptual(s: Vae, device: torch.device):
 
 
 @torch.no_grad()
-def evaluate(vae: VAE, pixels: Feed, rows: Tensor, perceptual, s: Vae, device: torch.device, dtype: torch.dtype):
+def evaluate(
+    vae: VAE, pixels: Feed, rows: Tensor, perceptual, s: Vae, at_once: int, device: torch.device, dtype: torch.dtype
+):
     """Of the images at these rows: figures of the reconstruction from the posterior mean, averaged over images, and a sheet of originals over reconstructions."""
     sums: dict[str, float] = {}
     n, shown = len(rows), []
-    for part in rows.split(s.batch_size):
+    for part in rows.split(at_once):
         x = to_float(pixels.take(part))
         with autocast(device, dtype):
             posterior = vae.encode(x)
@@ -183,10 +186,10 @@ def evaluate(vae: VAE, pixels: Feed, rows: Tensor, perceptual, s: Vae, device: t
             nats_per_dim=posterior.kl().mean(),
         )
         if perceptual is not None:
-            figures["perceptual"] = perceptual(x, y).mean()
+            figures["perceptual"] = perceptual.forward(x, y).mean()  # not what is compiled for training
         for name, value in figures.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(x)
-        if len(shown) * s.batch_size < SHEET_IMAGES:
+        if len(shown) * at_once < SHEET_IMAGES:
             shown.append((to_uint8(x), to_uint8(y)))
     above, below = (torch.cat([torch.from_numpy(p[i]) for p in shown]).numpy()[:SHEET_IMAGES] for i in (0, 1))
     return {name: total / n for name, total in sums.items()}, pairs(above, below)

@@ -38,8 +38,7 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """auto -> bfloat16 where the hardware multiplies it (CUDA >= 8.0, CPUs with AMX or AVX512-BF16), else float32."""
-    if name == "float32":
-        torch.backends.cudnn.allow_tf32 = False  # asked for by name: then no TF32 in convolutions either
+    torch.backends.cudnn.allow_tf32 = name != "float32"  # asked for by name: then no TF32 in convolutions either
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -63,7 +62,7 @@ def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Mo
         print(f"note: nothing is compiled, as torch.compile fails here: {why}")
         return
     # Modules share the cache of what was compiled, and each adds an entry for training, for evaluation and for a last batch.
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 1024
     for network in networks:
         network.compile(dynamic=False)  # batches have one size; a smaller last one is compiled once more
 
@@ -75,6 +74,14 @@ def missing_compiler(device: torch.device) -> str | None:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # of a dozen kinds, from three packages
         return first_line(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """cuDNN, cuBLAS and CPUs have errors of their own for it."""
+    texts = "unable to find an engine", "ALLOC_FAILED", "can't allocate memory"
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(t in str(error) for t in texts)
+    )
 
 
 def parameters_of(net: nn.Module) -> int:

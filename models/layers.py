@@ -106,7 +106,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)  # no copy where x is channels_last
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)  # on CPUs no copy where x is channels_last
         qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, H·W, c/heads) each
         attended = attend(q, k, v).transpose(1, 2).reshape(b, h * w, c)
