@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any, Callable
 
@@ -48,6 +49,15 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, name: str, endings: tuple[str, ...]) -> None:
+    """Rename folder/<name><ending>, as far as they exist, to <name>-2<ending>, or the first number that is free; says so."""
+    n = next(n for n in count(2) if not any((folder / f"{name}-{n}{ending}").exists() for ending in endings))
+    for ending in endings:
+        if (folder / f"{name}{ending}").exists():
+            (folder / f"{name}{ending}").rename(folder / f"{name}-{n}{ending}")
+    print(f"note: {folder / name}{endings[0]} was made with other settings and is kept as {name}-{n}{endings[0]}")
 
 
 def make_folder(folder: Path) -> None:

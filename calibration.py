@@ -51,7 +51,7 @@ def advice(figures: dict, s: Sampling) -> list[str]:
     if 0.9 <= ratio <= 1.1 and 0.9 <= worst <= 1.1:
         return []
     off = worst if 0.9 <= ratio <= 1.1 else ratio
-    if off < 0.9 and figures["clamped"] > 0.02:
+    if off < 0.9 and figures["clamped"] > 0.02 and s.x0_clamp != "range":
         cause = f"the clean estimate is clamped too hard (sampling.x0_clamp={s.x0_clamp}): use range"
     elif off < 0.9 and s.steps < 20:
         cause = f"{s.steps} steps are few: use sampling.steps=50"

@@ -49,6 +49,11 @@ def settings_for(config: Config, encodings: Encodings) -> dict | None:
         raise UserError(f"diffusion.condition=text: the images of {path} have no captions")
     if config.text.encoder == "words":
         vocabulary, pairs = vocabulary_of(encodings.captions)
+        if not vocabulary:
+            raise UserError(f"text.encoder=words: no word of the captions of {path} occurs in {RARE} of them")
+        long = sum(len(words_of(text)) > config.text.max_words for text in chain.from_iterable(encodings.captions))
+        if long:
+            print(f"note: {long:,} captions are longer than text.max_words={config.text.max_words} words and are cut")
         return dict(kind="words", vocabulary=vocabulary, width=config.text.width, layers=config.text.layers, max_words=config.text.max_words, pairs=pairs)  # fmt: skip
     embeddings = encodings.text
     return dict(kind="text", model=embeddings.model, token_dim=embeddings.width, null_length=len(embeddings.null()))
@@ -106,7 +111,7 @@ def of_held_out(conditioner: Conditioner | None, encodings: Encodings, n: int, d
         return None
     rows = spread(torch.arange(len(encodings.held_out)), n)
     rows = rows[torch.arange(n) % len(rows)]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return of_images(conditioner, encodings, device)[1].take(rows)
 
@@ -213,10 +218,10 @@ def _pairs(entry, names: dict[str, list[str]]) -> list[tuple[str, object]]:
 
 def _index(name: str, value, values: list[str]) -> int:
     value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value  # YAML reads a bare yes as true
+    if str(value) in values:  # before the numbers: a class may be called 10
+        return values.index(str(value))
     if isinstance(value, int) and 0 <= value < len(values):
         return value
-    if value in values:
-        return values.index(value)
     known = ", ".join(f"{i} {v}" for i, v in enumerate(values[:20])) + (" …" if len(values) > 20 else "")
     raise UserError(f"sampling.labels: {name} has no {value!r}; there are: {known}")
 

@@ -3,10 +3,12 @@
 Nothing here needs torch, so that --help and a wrong key cost no waiting.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -31,12 +33,15 @@ def key(default: Any, meaning: str, **limits) -> Any:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Data(Section):
     source: Literal["synthetic_faces", "folder", "celeba", "cifar10", "coco"] = key("celeba", "where images come from")
-    path: Optional[str] = key(None, "folder or zip of the images; for celeba and cifar10 with download: where to put them")
+    path: Optional[PathText] = key(
+        None, "folder or zip of the images; for celeba and cifar10 with download: where to put them"
+    )
     download: bool = key(False, "celeba, cifar10: let torchvision download into data.path")
     image_size: Annotated[int, Field(ge=8, le=4096)] = key(64, "pixels; images are square")
     crop: Literal["auto", "ddim", "center140", "square"] = key(
@@ -56,7 +61,9 @@ class Perceptual(Section):
         "vgg, alex, squeeze: LPIPS (Zhang et al. 2018); vgg19: unit-normalised feature distance up to relu3_1; none: off",
     )
     weight: Annotated[float, Field(ge=0.0)] = key(1.0, "factor of the perceptual term")
-    weights: Optional[str] = key(None, "local file of the backbone's weights; without it torchvision's cache or download")
+    weights: Optional[PathText] = key(
+        None, "local file of the backbone's weights; without it torchvision's cache or download"
+    )
 
 
 class Adversarial(Section):
@@ -120,7 +127,7 @@ class Text(Section):
         "none",
         "of captions; clip: a frozen CLIP, cached by create_encodings.py; words: a small transformer, trained with the U-Net",
     )
-    model: str = key("openai/clip-vit-base-patch32", "clip: its name on the Hugging Face hub, or a local folder")
+    model: PathText = key("openai/clip-vit-base-patch32", "clip: its name on the Hugging Face hub, or a local folder")
     width: Annotated[int, Field(ge=8, multiple_of=8)] = key(128, "words: size of a token")
     layers: PositiveInt = key(2, "words: transformer blocks")
     max_words: PositiveInt = key(32, "words: longer captions are cut")
@@ -192,7 +199,7 @@ class Sampling(Section):
         None, "guide only where sigma/alpha lies between these two (Kynkäänniemi et al. 2024)"
     )
     guidance_rescale: Share = key(0.0, "draw the spread of guided estimates back to the unguided ones' (Lin et al. 2024)")
-    autoguidance: Optional[str] = key(
+    autoguidance: Optional[PathText] = key(
         None,
         "weights of an earlier snapshot or a smaller model to guide away from (Karras et al. 2024), instead of the null condition",
     )
@@ -202,11 +209,13 @@ class Sampling(Section):
     )
     prompts: Optional[Annotated[list[str], Field(min_length=1)]] = key(None, "a row of pictures for each caption")
     slerp_to: Optional[Seed] = key(None, "another seed: each row goes from an image of `seed` to one of this seed")
-    image: Optional[str] = key(None, "a picture to start from (image-to-image), of the model's size")
+    image: Optional[PathText] = key(None, "a picture to start from (image-to-image), of the model's size")
     strength: Annotated[float, Field(gt=0.0, le=1.0)] = key(
         0.6, "share of the steps made from sampling.image; 1 forgets all of it but what a mask keeps"
     )
-    mask: Optional[str] = key(None, "inpainting: a picture, white where sampling.image is to be drawn anew; use strength=1")
+    mask: Optional[PathText] = key(
+        None, "inpainting: a picture, white where sampling.image is to be drawn anew; use strength=1"
+    )
     rows: PositiveInt = key(10, "rows of the grid")
     cols: PositiveInt = key(10, "columns of the grid")
     images: Optional[PositiveInt] = key(
@@ -231,7 +240,7 @@ class Evaluation(Section):
     features: Literal["inception", "mobilenet_v2", "mobilenet_v2_keras"] = key(
         "inception", "network whose features the distances are of; figures of two networks are never comparable"
     )
-    weights: Optional[str] = key(None, "local file of that network's weights; without it the usual download")
+    weights: Optional[PathText] = key(None, "local file of that network's weights; without it the usual download")
     samplers: Annotated[list[SamplerName], Field(min_length=1)] = key(
         list(get_args(SamplerName)), "samplers: which to compare"
     )
@@ -247,14 +256,14 @@ class Logging(Section):
 
 class Config(Section):
     name: Name = key("celeba64", "the experiment; its files lie in <runs_dir>/<name>")
-    seed: Seed = key(0, "seed of training")
+    seed: Seed = key(0, "seed of training, and of the portraits of synthetic_faces")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = key("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bf16 where the hardware has it, else float32")
     compile: Union[Literal["auto"], bool] = key(
         "auto", "torch.compile: true; false; auto: the networks in training on CUDA, where the minutes come back"
     )
-    runs_dir: str = key("runs", "working files")
-    results_dir: str = key("results", "grids")
+    runs_dir: PathText = key("runs", "working files")
+    results_dir: PathText = key("results", "grids")
     data: Data = Data()
     vae: Vae = Vae()
     encodings: Encodings = Encodings()
@@ -294,21 +303,24 @@ class Config(Section):
             )
         if self.diffusion.condition == "text" and self.text.encoder == "none":
             raise ValueError("diffusion.condition=text needs text.encoder=clip or words")
-        if self.diffusion.condition == "text" and not self.diffusion.cross_attention:
+        cross = self.diffusion.cross_attention
+        if self.diffusion.condition == "text" and not {latent >> level for level in range(halvings + 1)} & set(cross):
             raise ValueError(
-                "diffusion.condition=text needs diffusion.cross_attention, the latent widths that attend to the caption"
-            )
-        if self.diffusion.condition == "text" and not {latent >> level for level in range(halvings + 1)} & set(
-            self.diffusion.cross_attention
-        ):
-            raise ValueError(
-                f"diffusion.cross_attention {self.diffusion.cross_attention} names none of the widths that latents of {latent} have in the U-Net"
+                f"diffusion.cross_attention {cross} names none of the widths that latents of {latent} have in the U-Net; with diffusion.condition=text "
+                f"some are to attend to the caption"
             )
         s = self.sampling
         if self.diffusion.condition == "none" and s.guidance != 1 and s.autoguidance is None:
             raise ValueError(
                 f"sampling.guidance={s.guidance:g} with diffusion.condition=none: the model has nothing to be guided by; set it to 1, or name a weaker model with sampling.autoguidance"
             )
+        idle = (
+            [name for name in ("autoguidance", "guidance_interval") if getattr(s, name) is not None]
+            if s.guidance == 1
+            else []
+        )
+        if idle:
+            raise ValueError(f"sampling.{idle[0]} has no effect with sampling.guidance=1, which is off: set it, to 2 say")
         if s.labels is not None and s.prompts is not None:
             raise ValueError("sampling.labels and sampling.prompts exclude each other")
         if s.guidance_interval is not None and not s.guidance_interval[0] < s.guidance_interval[1]:

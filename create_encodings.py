@@ -72,6 +72,10 @@ def encode(config: Config, dry_run: bool) -> None:
     # Parts of PART images are written as they come, by whichever process they fall to: what an interruption leaves is not lost.
     made_of = hashlib.sha256(f"{vae_fingerprint}{images.fingerprint}{s.dtype}".encode())
     scratch = config.run_dir / f"encodings.parts-{made_of.hexdigest()[:16]}"
+    if parallel.leads():
+        for other in config.run_dir.glob("encodings.parts-*"):
+            if other != scratch:  # an interrupted pass of another VAE or other images
+                shutil.rmtree(other)
     if config.compile is True:  # a pass is over before compiling pays
         compile_networks(True, device, vae.encoder)
     pixels = Feed([torch.from_numpy(images.pixels)], device)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ MAX_SHOWN = 100
 MAX_DAMAGED = 0.01  # share of unreadable images above which the data is taken to be wrong
 MIN_IMAGES = 8
 BLOCK = 64  # images a worker reads at a time
+AHEAD = 4 * (os.cpu_count() or 1)  # blocks that may wait to be written
 CACHE_VERSION = 2  # of what a cache holds: an older one is made anew
 
 
@@ -79,6 +81,8 @@ def find_images(config: Config) -> Found:
         Path(config.runs_dir) / "cache" / f"{data.source}{data.image_size}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     )
     found = Found(source, split, choose(split, data.limit), data.image_size, folder)
+    if not folder.exists():
+        require_space(folder, int(1.1 * len(found.chosen) * data.image_size**2 * 3))
     if found.count(TRAIN) < MIN_IMAGES or found.count(HELD_OUT) < 1:
         raise UserError(
             f"data: {len(source.names)} images ({found.count(TRAIN)} for training, {found.count(HELD_OUT)} held out) are too few: "
@@ -115,7 +119,6 @@ def choose(split: np.ndarray, limit: int | None) -> np.ndarray:
 def build_cache(found: Found) -> None:
     """Decode every chosen image, in parallel and in order, into folder/pixels.u8; damaged ones are left out and reported."""
     source, split, chosen, size, folder = found.source, found.split, found.chosen, found.size, found.folder
-    require_space(folder, int(1.1 * len(chosen) * size * size * 3))
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     blocks = [chosen[i : i + BLOCK].tolist() for i in range(0, len(chosen), BLOCK)]
@@ -126,7 +129,12 @@ def build_cache(found: Found) -> None:
             ThreadPoolExecutor(os.cpu_count()) as pool,
             tqdm(total=len(chosen), desc="reading images", unit="img") as bar,
         ):
-            for block, pictures in zip(blocks, pool.map(source.read, blocks)):  # Pillow decodes outside the interpreter lock
+            # Pillow decodes outside the interpreter lock. A few blocks ahead: all of them might not fit the memory.
+            ahead = deque(pool.submit(source.read, block) for block in blocks[:AHEAD])
+            for n, block in enumerate(blocks):
+                pictures = ahead.popleft().result()
+                if n + AHEAD < len(blocks):
+                    ahead.append(pool.submit(source.read, blocks[n + AHEAD]))
                 for i, picture in zip(block, pictures):
                     if isinstance(picture, str):
                         damaged.append(f"{source.names[i]}: {picture}")

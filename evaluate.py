@@ -25,7 +25,7 @@ import conditions
 import judging
 import parallel
 import sampler_bench
-from artifacts import require_space, write_atomically
+from artifacts import require_space, set_aside, write_atomically
 from config import Config, UserError
 from data import spread, to_float
 from features import frechet, make_features
@@ -50,9 +50,17 @@ def table_of(headings, rows) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows))
 
 
+def make_room(config: Config, name: str) -> None:
+    """A page that another command made is kept under another name."""
+    path = Path(config.results_dir) / f"{name}.md"
+    if path.exists() and f"`{cli.command}`" not in path.read_text(encoding="utf-8"):
+        set_aside(path.parent, name, (".md", ".png"))
+
+
 def publish(config: Config, name: str, device: torch.device, text: str) -> None:
     """Print a page and write it to results/<name>.md with the command that made it."""
     path = Path(config.results_dir) / f"{name}.md"
+    make_room(config, name)
     page = f"{text}\n\n`{cli.command}` on {hardware(device)}.\n"
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     print(text)
@@ -86,7 +94,7 @@ def generation(config: Config, dry_run: bool) -> None:
     raw = None
     if encodings:
         raw = conditions.of_held_out(model.unet.conditioner, encodings, n, device)
-    made = judging.generated(s, model, raw, n)
+    made, figures = judging.generated(s, model, raw, n)
     sets = {"generated": made, "held-out (perfection)": held_out, "held-out, reconstructed": judging.through(model.vae, held_out, e.batch_size, device, dtype)}  # fmt: skip
     found = {what: features(pixels, e.batch_size) for what, pixels in sets.items()}
     rows = [judging.Distance.of(what, found[what], training) for what in sets]
@@ -101,6 +109,8 @@ def generation(config: Config, dry_run: bool) -> None:
         f"Against {len(training):,} training images ({config.data.source}, crop {crop_of(config.data)}, {config.data.image_size} px), in features of **{features.name}**.",
         f"Drawn under what {min(n, len(encodings.held_out)):,} held-out images show." if raw else "Drawn under no condition.",
         table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in rows]),
+        f"Latents: generated/training std {figures['std_ratio']:.3f} overall, {figures['worst_channel_ratio']:.3f} in the worst channel; "
+        f"{figures['clamped']:.2%} of clean estimates clamped; {figures['out_of_range']:.2%} of pixels out of range.",
         f"Error budget: of the {by['generated'] - perfect:.1f} that generated images are farther than held-out ones, the VAE costs {vae - perfect:.1f} and the "
         f"U-Net and its sampler {by['generated'] - vae:.1f}. Generated images score {by['generated'] / perfect:.2f} times what held-out ones score.",
         f"Memorisation: the median distance to the nearest training image is {near:.2f} for generated and {near_held_out:.2f} for held-out images "
@@ -142,12 +152,13 @@ def reconstruction(config: Config, dry_run: bool) -> None:
     rows.append(
         [f"Fréchet distance to the originals ({features.name})", f"{frechet(features(made), features(originals)):.1f}"]
     )
-    save_png(pairs(originals[:32], made[:32]), Path(config.results_dir) / f"{name}.png")
     publish(config, name, device, f"# Reconstructions of {config.name}\n\n{len(originals):,} held-out images at {config.data.image_size} px.\n\n" + table_of(["", ""], rows))  # fmt: skip
+    save_png(pairs(originals[:32], made[:32]), Path(config.results_dir) / f"{name}.png")
 
 
 def latents(config: Config, dry_run: bool) -> None:
     e, device = config.evaluation, pick_device(config.device)
+    pick_precision("float32", device)
     vae, header = load_vae(config, device)
     encodings = encodings_by(vae, config)
     name = f"{config.name}_latents"
@@ -176,14 +187,17 @@ def loss(config: Config, dry_run: bool) -> None:
     shown = spread(torch.arange(len(encodings.held_out)), e.images)
     raw = conditions.of_held_out(model.unet.conditioner, encodings, len(shown), device)
     z = model.normaliser.normalise(encodings.held_out[shown].to(device))
-    found = judging.loss_by_bin(model, z, raw, e.batch_size)
-    rows = [[f"{low} … {high}", f"{error:.4f}", f"{ratio:.3f}"] for low, high, error, ratio in found]
-    rows.append(["mean", f"{sum(r[2] for r in found) / len(found):.4f}", f"{sum(r[3] for r in found) / len(found):.3f}"])
+    found = judging.loss_by_snr(model, z, raw, e.batch_size)
+    rows = [
+        [f"{middle:+d}", f"{first} … {last}", f"{error:.4f}", f"{ratio:.3f}"] for middle, first, last, error, ratio in found
+    ]
+    rows.append(["mean", "", *(f"{sum(row[i] for row in found) / len(found):.{digits}f}" for i, digits in ((3, 4), (4, 3)))])
     publish(config, name, device, "\n\n".join([
         f"# Error by timestep: {config.name}, {model.header['schedule']}, predicts {model.header['prediction']}",
         f"{len(z):,} held-out latents. Beside the squared error of the clean estimate, its ratio to that of the best guess that knows only that latents "
-        f"have unit variance: 1 is no better than that guess.",
-        table_of(["t", "squared error of z0", "of the guess's"], rows),
+        f"have unit variance: 1 is no better than that guess. A row is a unit of the signal-to-noise ratio's logarithm, and so rows can be compared between "
+        f"schedules and predictions; the mean only where all rows are there.",
+        table_of(["log(alpha/sigma)", "t", "squared error of z0", "of the guess's"], rows),
     ]))  # fmt: skip
 
 
@@ -219,6 +233,7 @@ def samplers(config: Config, dry_run: bool) -> None:
         f"distance to the {len(encodings.held_out):,} held-out latents; as many training latents score {lowest:.4f}.",
         f"**{verdict}**",
     ]
+    make_room(config, name)
     sampler_bench.save_table(table, rows, notes)
     sampler_bench.save_plot(plot, rows, lowest, f"{config.name}, {model.header['schedule']}, {e.images:,} images")
     print(verdict)

@@ -9,15 +9,17 @@ import cli
 if __name__ == "__main__":
     cli.answer_early(__doc__)
 
+import json
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import parallel
-from artifacts import require_space
+from artifacts import require_space, set_aside
 from calibration import advice, calibration
 from conditions import requested
 from config import Config, Sampling
@@ -58,6 +60,9 @@ def infer(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
 
+    if parallel.leads() and of_other_settings(results / f"{name}.png", config):
+        set_aside(results, name, (".png", "_strip.png", "_strip.gif", ""))
+    parallel.wait()
     started = time.monotonic()
     strip = ([row * s.cols for row in range(rows)] if requests.titles else list(range(STRIP_IMAGES))) if s.strip else []
     wanted = Wanted(count, rows * s.cols, [i for i in strip if i < count], results / name if s.single_files else None)
@@ -104,6 +109,17 @@ def suffix(s: Sampling) -> str:
         start = f"_{'inpaint' if s.mask else 'from'}_{Path(s.image).stem}"
     clamp = s.x0_clamp if isinstance(s.x0_clamp, str) else f"{s.x0_clamp:g}"
     return start + (f"_w{s.guidance:g}" if s.guidance != 1 else "") + (f"_clamp{clamp}" if clamp != "range" else "")
+
+
+def of_other_settings(path: Path, config: Config) -> bool:
+    """Is there a grid of this name that was drawn with other settings of sampling, a seed or a caption, say?"""
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.text["config"])["sampling"] != json.loads(config.sampling.model_dump_json())
+    except FileNotFoundError:
+        return False
+    except (OSError, AttributeError, KeyError, ValueError):
+        return True  # not a grid of ours
 
 
 def commit() -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from artifacts import load_plain, save_plain
+from calibration import calibration
 from conditions import Requests
 from config import Config, Sampling, UserError
 from data import Images, spread, to_float, to_uint8
@@ -50,10 +51,13 @@ def through(vae: VAE, pixels: np.ndarray, batch_size: int, device: torch.device,
     return np.concatenate(made)
 
 
-def generated(s: Sampling, model: LatentDiffusion, raw: Raw | None, n: int) -> np.ndarray:
-    """uint8 (n, H, W, 3); of a conditional model each under the next of the raw conditions."""
+def generated(s: Sampling, model: LatentDiffusion, raw: Raw | None, n: int) -> tuple[np.ndarray, dict]:
+    """uint8 (n, H, W, 3), and the calibration of their latents; of a conditional model each under the next of the raw conditions."""
     drawn = draw(model, s.model_copy(update={"cols": 1}), Requests([], raw), None, 1.0, Wanted(n, n, [], None))
-    return np.stack([drawn.pixels[i] for i in range(n)])
+    pixels = np.stack([drawn.pixels[i] for i in range(n)])
+    return pixels, calibration(
+        drawn.moments, model.normaliser, drawn.clamped / max(drawn.seen, 1), drawn.out_of_range / pixels.size
+    )
 
 
 def training_features(config: Config, images: Images, features: Features, at_most: int) -> Tensor:
@@ -182,19 +186,25 @@ def verdict(n: Normaliser, ceiling: float) -> str:
 
 
 @torch.no_grad()
-def loss_by_bin(model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: int) -> list[tuple[int, int, float, float]]:
-    """(first t, last t, mean squared error of z0_hat, the same over that of the best guess which knows only that z ~ N(0, 1)).
+def loss_by_snr(
+    model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: int
+) -> list[tuple[float, int, int, float, float]]:
+    """A row for each unit of lambda = log(alpha/sigma) from -4.5 to 4.5: (its middle, the first and the last t in it, mean squared
+    error of z0_hat, the same over that of the best guess which knows only that z ~ N(0, 1)); none where no timestep lies.
 
-    The guess is alpha/(alpha² + sigma²) z_t, its error sigma²/(alpha² + sigma²); the ratio is the same for eps, v or z0, and
-    so schedules and predictions can be compared by it. Noise and timesteps are the same every time.
+    The guess is alpha/(alpha² + sigma²) z_t, its error sigma²/(alpha² + sigma²). At one lambda that ratio is the same whatever the
+    schedule and whatever is predicted, and so these can be compared. Noise and timesteps are the same every time.
     """
     schedule, generator = model.schedule, torch.Generator().manual_seed(0)
     net, prediction = model.unet, model.header["prediction"]
-    rows = []
-    for first, last in schedule.bins():
-        if prediction == "eps" and schedule.alpha(last) == 0:
-            last -= 1  # flow ends in noise alone: eps says nothing of z0 there
-        t = torch.linspace(first, last, len(z)).round().long()
+    every = torch.arange(schedule.timesteps)
+    lambdas, rows = (schedule.alpha(every) / schedule.sigma(every)).log(), []  # falling with t
+    for middle in range(4, -5, -1):
+        inside = every[(lambdas - middle).abs() <= 0.5]
+        if not len(inside):
+            continue
+        wanted = torch.linspace(middle + 0.5, middle - 0.5, len(z), dtype=torch.float64)
+        t = inside[(lambdas[inside] - wanted[:, None]).abs().argmin(dim=1)]
         eps = torch.randn(z.shape, generator=generator).to(z.device)
         alpha, sigma = (f(t).float().to(z.device)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
         z_t, errors = alpha * z + sigma * eps, []
@@ -207,5 +217,5 @@ def loss_by_bin(model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: 
             errors.append((denoise(z_t[part], t[part].to(z.device)) - z[part]).square().mean(dim=(1, 2, 3)))
         guess = (sigma**2 / (alpha**2 + sigma**2)).flatten()
         error = torch.cat(errors)
-        rows.append((first, last, float(error.mean()), float((error / guess).mean())))
+        rows.append((middle, int(inside[0]), int(inside[-1]), float(error.mean()), float((error / guess).mean())))
     return rows

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-import re
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +24,17 @@ class Writers:
         if logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tb"), purge_step=step + 1 if step else None)
+            self.board = SummaryWriter(str(folder / "tb"), purge_step=step + 1)
         if logging.wandb:
             if importlib.util.find_spec("wandb") is None:
                 tqdm.write("logging.wandb is on and the package wandb is not installed: pip install wandb; going on without")
             else:
                 import wandb
 
-                run_id = re.sub(r"\W+", "-", str(folder.absolute()))  # the same folder goes on with the same run
-                self.wandb = wandb.init(
-                    project="nanoldm", id=run_id[-64:], name=str(folder), config=experiment, resume="allow"
-                )
+                known = folder / "wandb_id"  # a resumed run goes on where it was shown, one begun anew is another
+                if not step or not known.exists():
+                    known.write_text(secrets.token_hex(8))
+                self.wandb = wandb.init(project="nanoldm", id=known.read_text(), name=str(folder), config=experiment, resume="allow")  # fmt: skip
 
     def _drop_after(self, step: int) -> None:
         """A run that was killed may have logged steps past its last save; they will be done and logged again."""

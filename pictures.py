@@ -1,5 +1,6 @@
 """Pictures for people: grids of images as PNG with their settings inside, and curves of a run."""
 
+import contextlib
 import json
 import textwrap
 from pathlib import Path
@@ -65,7 +66,10 @@ def plot_curves(folder: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a line that a full disk cut off
+            lines.append(json.loads(line))
     series: dict[str, dict[str, list]] = {}  # panel -> train | held_out | "" -> [(step, value), …]
     for line in lines:
         for name, value in line.items():

@@ -37,8 +37,9 @@ def sample_ancestral(predict, z, schedule, pairs, draw, *, variance, first_clean
         if i >= first_clean:
             z = step_from(z, z0, schedule, t, s, 0.0)
             continue
-        z = step_from(z, z0, schedule, t, s, posterior_std(schedule, t, s))
-        noise_std = posterior_std(schedule, t, s) if variance == "posterior" else beta_std(schedule, t, s)
+        noise_std = posterior_std(schedule, t, s)
+        z = step_from(z, z0, schedule, t, s, noise_std)
+        noise_std = noise_std if variance == "posterior" else beta_std(schedule, t, s)
         if s >= 0:
             z = z + noise_std * draw()
     return z

@@ -49,7 +49,7 @@ class Files:
     def __init__(self, path: str | None):
         if path is None:
             raise UserError("data.path is not set: name a folder or a zip of images")
-        self.path = Path(path).expanduser()
+        self.path = Path(path)
         if self.path.is_dir():
             self.zip = None
             found = sorted(p for p in self.path.rglob("*") if p.is_file())
@@ -248,7 +248,7 @@ def cifar10(data: Data, seed: int) -> Source:
     from torchvision.datasets import CIFAR10
 
     try:
-        parts = [CIFAR10(Path(data.path).expanduser(), train=train) for train in (True, False)]
+        parts = [CIFAR10(Path(data.path), train=train) for train in (True, False)]
     except RuntimeError:
         raise UserError(
             f"data.path: {data.path} holds no whole cifar-10-batches-py; get it with data.download=true"
@@ -297,7 +297,7 @@ def _download(dataset: str, root: str | None, **options) -> None:
     import torchvision.datasets
 
     try:
-        getattr(torchvision.datasets, dataset)(Path(root).expanduser(), download=True, **options)
+        getattr(torchvision.datasets, dataset)(Path(root), download=True, **options)
     except Exception as error:  # no network, quota of the file host, gdown missing, checksum
         raise UserError(
             f"torchvision cannot download {dataset} into {root} ({first_line(error)}); "

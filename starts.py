@@ -60,7 +60,7 @@ class Given:
 def read_picture(key: str, path: str, size: int) -> np.ndarray:
     """(size, size, 3) uint8"""
     try:
-        picture = np.array(decode(Path(path).expanduser().read_bytes()))
+        picture = np.array(decode(Path(path).read_bytes()))
     except Exception as error:  # no such file, no picture, one that Pillow takes for a bomb
         raise UserError(f"{key}: {path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
     if picture.shape[:2] != (size, size):

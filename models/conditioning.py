@@ -164,7 +164,7 @@ class Text(Conditioner):
 
 def words_of(caption: str) -> list[str]:
     """Lower-case words and numbers; everything else only separates."""
-    return re.findall(r"[a-z0-9]+(?:'[a-z]+)?", caption.lower())
+    return re.findall(r"\w+(?:'\w+)?", caption.lower())
 
 
 KINDS = {"labels": Labels, "words": Words, "text": Text}

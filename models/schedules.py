@@ -63,10 +63,8 @@ class Schedule:
         return [(low, max(low, high - 1)) for low, high in zip(edges, edges[1:])]
 
     def _look_up(self, table: Tensor, t) -> Tensor:
-        if not isinstance(t, Tensor):
-            if not -1 <= t < self.timesteps:
-                raise IndexError(f"timestep {t} is outside -1 … {self.timesteps - 1}")
-            return table[t]
+        if not isinstance(t, Tensor) and not -1 <= t < self.timesteps:
+            raise IndexError(f"timestep {t} is outside -1 … {self.timesteps - 1}")
         return table[t]
 
 

@@ -80,6 +80,8 @@ def test_all_mistakes_at_once():
         ("data.image_size=66", "down-sampling factor 4"),
         ("data.image_size=72", "cannot be halved"),
         ("sampling.steps=2000", "more than diffusion.timesteps"),
+        ("sampling.autoguidance=weak.safetensors", "no effect with sampling.guidance=1"),
+        ("sampling.guidance_interval=[0.2, 3]", "no effect with sampling.guidance=1"),
         ("sampling.sampler=eulr", "ancestral"),
         ("sampling.x0_clamp=-1.0", "x0_clamp"),
         ("diffusion.name=vae", "taken"),

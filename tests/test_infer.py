@@ -48,6 +48,17 @@ def test_little_strength_stays_with_the_picture(trained, face):
     assert off[0] < 0.8 * off[1]
 
 
+def test_a_grid_of_other_settings_is_kept(trained, capsys):
+    path, before = results(trained, "ddim_1x2"), {}
+    for seed in (5, 5, 6, 7):
+        assert trained.run("infer", "sampling.rows=1", "sampling.cols=2", "sampling.strip=2", f"sampling.seed={seed}") == 0
+        before[seed] = [path.read_bytes(), path.with_name(path.stem + "_strip.gif").read_bytes()]
+    assert "was made with other settings and is kept as tiny_cosine_ddim_1x2-2.png" in capsys.readouterr().out
+    for seed, stem in ((5, f"{path.stem}-2"), (6, f"{path.stem}-3"), (7, path.stem)):
+        assert before[seed] == [path.with_name(f"{stem}{ending}").read_bytes() for ending in (".png", "_strip.gif")]
+    assert not path.with_name(f"{path.stem}-4.png").exists()
+
+
 def test_slerp_goes_from_one_seed_to_the_other(trained):
     for options in ("sampling.slerp_to=5", "sampling.seed=0", "sampling.seed=5"):
         assert trained.run("infer", "sampling.rows=2", "sampling.cols=3", options) == 0

@@ -128,9 +128,12 @@ def test_knowing_only_the_variance_scores_one(schedule, prediction):
         schedule=table, unet=net, header={"prediction": prediction}, device=CPU, dtype=torch.float32
     )
     z = torch.randn(200, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    found = judging.loss_by_bin(model, z, None, 64)
-    assert [row[3] for row in found] == pytest.approx([1.0] * 10, abs=0.03)
-    assert (found[0][0], found[-1][1]) == (0, 999)
+    found = judging.loss_by_snr(model, z, None, 64)
+    assert [row[0] for row in found] == list(range(4, -5, -1))
+    assert [row[4] for row in found] == pytest.approx([1.0] * 9, abs=0.03)
+    for middle, first, last, *_ in found:
+        ends = [float((table.alpha(t) / table.sigma(t)).log()) for t in (first, last)]
+        assert middle + 0.5 >= ends[0] >= ends[1] >= middle - 0.5
 
 
 # Every task on the tiny experiment

@@ -21,6 +21,7 @@ import artifacts
 import feed
 import run
 from latent_cache import Encodings
+from models.unet import UNet
 
 
 def fails(experiment, capsys, stage, *overrides, code=2) -> str:
@@ -173,7 +174,7 @@ def test_tensorboard_and_wandb_are_written_where_asked(experiment, monkeypatch):
     fake.Image, fake.finish = (lambda image: image), (lambda: calls.append(("finish",)))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert experiment.run("train_vae", "logging.tensorboard=true", "logging.wandb=true") == 0
-    assert calls[0][0] == "init" and calls[0][1].endswith("runs-tiny-vae") and calls[-1] == ("finish",)
+    assert calls[0] == ("init", (experiment.run_dir / "vae" / "wandb_id").read_text()) and calls[-1] == ("finish",)
     assert {step for kind, step, names in calls[1:-1] if "train/loss" in names} == {2, 4, 6}
     assert {step for kind, step, names in calls[1:-1] if names == ["reconstructions"]} == {3, 6}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -460,9 +461,30 @@ def test_cuda_where_there_is_none(experiment, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-def test_four_stages_on_cuda(experiment):
-    experiment.train_all("device=cuda", "precision=auto")
-    assert experiment.run("infer", "device=cuda") == 0
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("vae.micro_batch=3", "diffusion.micro_batch=3", "vae.checkpointing=true", "diffusion.checkpointing=true"),
+        ("vae.adversarial.weight=0.1", "vae.adversarial.start=2", "vae.adversarial.width=8", "diffusion.dropout=0.2"),
+        ("diffusion.condition=class", "sampling.guidance=2", "diffusion.bottleneck=transformer"),
+        ("text.encoder=words", "diffusion.condition=text", "diffusion.cross_attention=[4]", "sampling.prompts=[a man]"),
+    ],
+)
+def test_four_stages_on_cuda(experiment, capsys, changes):
+    options = ("device=cuda", "precision=auto", *changes)
+    experiment.train_all(*options)
+    assert experiment.run("infer", *options) == 0 and experiment.run("infer", *options, "sampling.precision=auto") == 0
+    assert "nothing is compiled" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_feed_that_does_not_fit_on_cuda(monkeypatch):
+    monkeypatch.setattr(feed, "MOST", 0.0)
+    array, rows = torch.randint(0, 256, (4000, 64, 64), dtype=torch.uint8), torch.randint(0, 4000, (50, 256))
+    latents = feed.Feed([array[:1000], array[1000:]], torch.device("cuda"))
+    for now, then in zip(rows, rows[1:]):
+        assert torch.equal(latents.take(now, then).cpu(), array[now])
 
 
 def test_missing_perceptual_weights_before_any_work(experiment, capsys):
@@ -479,6 +501,14 @@ def test_bad_data_is_one_line(experiment, capsys):
 def test_config_mistakes_are_one_line(experiment, capsys):
     line = fails(experiment, capsys, "infer", "sampling.stesp=3", "vae.lr=fast")
     assert "did you mean sampling.steps?" in line and "vae.lr" in line
+
+
+def test_out_of_memory_outside_of_training_is_one_line(trained, capsys, monkeypatch):
+    def none(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(UNet, "forward", none)
+    assert "use a smaller batch_size (CUDA out of memory" in fails(trained, capsys, "infer", "sampling.rows=1")
 
 
 def test_a_model_too_large_for_the_memory_is_found_before_the_work(experiment, capsys, monkeypatch):
