@@ -110,6 +110,7 @@ HEADER_KEYS = {
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], header: dict) -> None:
+    """A safetensors file with `header` in its metadata. Raises NoSpace where the disk is full."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"nanoldm": json.dumps(header)}))
 

@@ -23,7 +23,7 @@ MAX_SHOWN = 100
 MAX_DAMAGED = 0.01  # share of unreadable images above which the data is taken to be wrong
 MIN_IMAGES = 8
 BLOCK = 64  # images a worker reads at a time
-AHEAD = 4 * (os.cpu_count() or 1)  # blocks that may wait to be written
+AHEAD = 2 + (os.cpu_count() or 1)  # blocks that are read or wait to be written
 CACHE_VERSION = 2  # of what a cache holds: an older one is made anew
 
 

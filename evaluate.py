@@ -140,13 +140,8 @@ def reconstruction(config: Config, dry_run: bool) -> None:
     if perceptual is not None:
         with torch.no_grad():
             distances = [
-                perceptual(to_float(torch.from_numpy(x.copy())).to(device), to_float(torch.from_numpy(y)).to(device))
-                for x, y in zip(
-                    *(
-                        [pixels[i : i + e.batch_size] for i in range(0, len(pixels), e.batch_size)]
-                        for pixels in (originals, made)
-                    )
-                )
+                perceptual(*(to_float(torch.from_numpy(x[i : i + e.batch_size].copy())).to(device) for x in (originals, made)))
+                for i in range(0, len(made), e.batch_size)
             ]
         rows.append([perceptual.title, f"{float(torch.cat(distances).mean()):.4f}"])
     rows.append(
@@ -214,30 +209,25 @@ def samplers(config: Config, dry_run: bool) -> None:
             f"evaluation.images: {e.images} is more than the {len(encodings.mean):,} training latents to compare with"
         )
     name = f"{config.name}_{config.diffusion_name}_samplers"
-    table, plot = Path(config.results_dir) / f"{name}.md", Path(config.results_dir) / f"{name}.png"
-    require_space(table.parent, 1_000_000)
-    print(
-        f"U-Net: {parameters_of(model.unet) / 1e6:.2f}M parameters, step {model.header['step']:,}; {e.images:,} noises, "
-        f"{', '.join(e.samplers)} at {', '.join(map(str, e.steps))} steps, on {device} in {str(dtype)[6:]}\nfiles: {table}, {plot}"
+    what = (
+        f"U-Net of {parameters_of(model.unet) / 1e6:.1f}M parameters after {model.header['step']:,} steps; {e.images:,} images from the same noises, "
+        f"{', '.join(e.samplers)} at {', '.join(map(str, e.steps))} steps"
     )
+    plan(config, what, device, dtype, [f"{name}.md", f"{name}.png"])
     if dry_run:
         return
     rows, lowest = sampler_bench.bench(config, model, encodings)
     verdict = sampler_bench.advice(rows)
-    notes = [
+    publish(config, name, device, "\n\n".join([
         f"# Samplers on {config.name}, {model.header['schedule']} schedule",
-        f"`{cli.command}` on {hardware(device)}, {str(dtype)[6:]}. {e.images:,} images from the same noises; U-Net of "
-        f"{parameters_of(model.unet) / 1e6:.1f}M parameters after {model.header['step']:,} steps."
-        + (" Drawn under what held-out images show." if model.unet.conditioner else ""),
+        f"{what}, in {str(dtype)[6:]}." + (" Drawn under what held-out images show." if model.unet.conditioner else ""),
         f"*to the ODE*: RMS distance, in units of the latents' std, to {sampler_bench.REFERENCE} at {max(e.steps)} steps. *distance*: sliced Wasserstein "
         f"distance to the {len(encodings.held_out):,} held-out latents; as many training latents score {lowest:.4f}.",
+        table_of(sampler_bench.HEADINGS, map(sampler_bench.cells_of, sorted(rows, key=lambda row: row.steps))),
         f"**{verdict}**",
-    ]
-    make_room(config, name)
-    sampler_bench.save_table(table, rows, notes)
+    ]))  # fmt: skip
+    plot = Path(config.results_dir) / f"{name}.png"
     sampler_bench.save_plot(plot, rows, lowest, f"{config.name}, {model.header['schedule']}, {e.images:,} images")
-    print(verdict)
-    print(f"done: {table}, {plot}")
 
 
 TASKS = dict(generation=generation, reconstruction=reconstruction, latents=latents, loss=loss, samplers=samplers)

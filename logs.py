@@ -45,6 +45,7 @@ class Writers:
                 write_atomically(self.path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
 
     def figures(self, step: int, figures: dict) -> None:
+        """Scalars by name. Raises NoSpace where the disk is full."""
         with noticing_a_full_disk(self.path):
             self.file.write(json.dumps({"step": step, **figures}) + "\n")
             self.file.flush()
@@ -55,6 +56,7 @@ class Writers:
             self.wandb.log(figures, step=step)
 
     def picture(self, step: int, name: str, image) -> None:
+        """A PIL image for TensorBoard and Weights & Biases."""
         if self.board:
             self.board.add_image(name, np.asarray(image), step, dataformats="HWC")
         if self.wandb:

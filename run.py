@@ -53,8 +53,9 @@ class Run:
                 run.seed_step()                  # then draw the whole batch's randomness
                 run.take_step(backward)          # backward(part) ends in run.accumulate(loss, …)
 
-    Whether it is `over` is decided once per step, so that all decisions after a step agree. `weights` is the file for use: the
-    EMA network, `extra` tensors, and `header` with how far the run has come.
+    Whether it is `over` is decided once per step, so that all decisions after a step agree. `weights` names the file for use: the
+    EMA network, `extra` tensors, and `header` with how far the run has come. A `companion` network (a discriminator) learns beside
+    it, at its own constant learning rate, and is kept in the state alone.
     """
 
     def __init__(self, folder: Path, net: nn.Module, settings: Training, experiment: dict, seed: int, logging: Logging,

@@ -133,13 +133,6 @@ def line_of(r: Row) -> str:
     return ", ".join(f"{heading} {cell}" for heading, cell in zip(HEADINGS, cells_of(r)))
 
 
-def save_table(path: Path, rows: list[Row], notes: list[str]) -> None:
-    """A Markdown page: notes, then the table, fewest steps first."""
-    ordered = sorted(rows, key=lambda r: r.steps)
-    table = ["| " + " | ".join(cells) + " |" for cells in (HEADINGS, ["---"] * len(HEADINGS), *map(cells_of, ordered))]
-    write_atomically(path, lambda temporary: temporary.write_text("\n\n".join(notes) + "\n\n" + "\n".join(table) + "\n"))
-
-
 def save_plot(path: Path, rows: list[Row], lowest: float, title: str) -> None:
     """Distance to the ODE's solution, std ratio and distance to the held-out latents, over network evaluations."""
     import matplotlib

@@ -173,6 +173,7 @@ def derivative(z: Tensor, z0: Tensor, schedule: Schedule, t: int) -> Tensor:
 
 
 def euler_step(z: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int) -> Tensor:
+    """z_t (B, C, h, w) and the estimate z0 -> z_s, along the slope at t (Karras et al. 2022, Algorithm 1, line 7)."""
     if s < 0:
         return z0
     x = z / float(schedule.alpha(t)) + (noise_level(schedule, s) - noise_level(schedule, t)) * derivative(z, z0, schedule, t)
