@@ -121,5 +121,5 @@ def answer_to(error: BaseException) -> tuple[str | None, int]:
         where = error.filename or "the run directory"
         return f"error: no space left on the disk of {where}; what was saved before is whole: free some space and run the same command again", 2  # fmt: skip
     if is_out_of_memory(error):
-        return f"error: out of memory, use a smaller batch_size ({first_line(error)})", 2
+        return f"error: out of memory, use a smaller batch_size, or micro_batch in training ({first_line(error)})", 2
     return None, 1

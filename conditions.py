@@ -190,7 +190,7 @@ def requested(s: Sampling, conditioner: Conditioner | None, device: torch.device
 def _asked_by_label(asked: list | None, conditioner: Labels, device) -> Requests:
     names = conditioner.names
     if asked is None and len(names) == 1:
-        asked = list(range(len(next(iter(names.values())))))
+        asked = list(next(iter(names.values())))
     if asked is None:
         return Requests([], (conditioner.null[None].to(device),))
     rows, titles = [], []

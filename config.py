@@ -234,9 +234,7 @@ class Evaluation(Section):
         "generation", "what evaluate.py judges; its --help says what each does"
     )
     images: Annotated[int, Field(ge=8)] = key(256, "images to judge: noises of the samplers, generated, held-out")
-    reference: Annotated[int, Field(ge=8)] = key(
-        10000, "generation, reconstruction: at most so many training images to compare with"
-    )
+    reference: Annotated[int, Field(ge=8)] = key(10000, "generation: at most so many training images to compare with")
     features: Literal["inception", "mobilenet_v2", "mobilenet_v2_keras"] = key(
         "inception", "network whose features the distances are of; figures of two networks are never comparable"
     )
@@ -263,7 +261,7 @@ class Config(Section):
         "auto", "torch.compile: true; false; auto: the networks in training on CUDA, where the minutes come back"
     )
     runs_dir: PathText = key("runs", "working files")
-    results_dir: PathText = key("results", "grids")
+    results_dir: PathText = key("results", "grids, and the pages of evaluate.py")
     data: Data = Data()
     vae: Vae = Vae()
     encodings: Encodings = Encodings()
@@ -314,19 +312,20 @@ class Config(Section):
             raise ValueError(
                 f"sampling.guidance={s.guidance:g} with diffusion.condition=none: the model has nothing to be guided by; set it to 1, or name a weaker model with sampling.autoguidance"
             )
-        idle = (
-            [name for name in ("autoguidance", "guidance_interval") if getattr(s, name) is not None]
-            if s.guidance == 1
-            else []
-        )
-        if idle:
-            raise ValueError(f"sampling.{idle[0]} has no effect with sampling.guidance=1, which is off: set it, to 2 say")
         if s.labels is not None and s.prompts is not None:
             raise ValueError("sampling.labels and sampling.prompts exclude each other")
         if s.guidance_interval is not None and not s.guidance_interval[0] < s.guidance_interval[1]:
             raise ValueError(
                 f"sampling.guidance_interval goes from a lower to a higher sigma/alpha, not {s.guidance_interval}"
             )
+        aside = {
+            "autoguidance": s.autoguidance,
+            "guidance_interval": s.guidance_interval,
+            "guidance_rescale": s.guidance_rescale or None,
+        }
+        idle = [name for name, value in aside.items() if value is not None] if s.guidance == 1 else []
+        if idle:
+            raise ValueError(f"sampling.{idle[0]} has no effect with sampling.guidance=1, which is off: set it, to 2 say")
         if s.mask is not None and s.image is None:
             raise ValueError("sampling.mask needs a sampling.image")
         if s.slerp_to is not None and s.image is not None:

@@ -24,7 +24,7 @@ MAX_DAMAGED = 0.01  # share of unreadable images above which the data is taken t
 MIN_IMAGES = 8
 BLOCK = 64  # images a worker reads at a time
 AHEAD = 2 + (os.cpu_count() or 1)  # blocks that are read or wait to be written
-CACHE_VERSION = 2  # of what a cache holds: an older one is made anew
+CACHE_VERSION = 3  # of what a cache holds: an older one is made anew
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Images:
     labels: np.ndarray | None  # (N, K) int64
     label_names: dict[str, list[str]]
     captions: list[list[str]] | None  # of each image, at least one
-    fingerprint: str  # of pixels, split and labels
+    fingerprint: str  # of pixels and split
 
     def rows(self, split: int, at_most: int | None = None) -> np.ndarray:
         """Indices of the images of a split, all or spread evenly over it (class folders come sorted)."""

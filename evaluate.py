@@ -6,7 +6,7 @@ evaluation.task=
                    and the generated images that lie nearest to a training image, beside it
   reconstruction   the VAE on held-out images: PSNR, SSIM, the perceptual distance of vae.perceptual, distance to the originals
   latents          the latent card: each channel's figures, the ceiling that the VAE sets, what clamps do, GO or NO-GO
-  loss             the U-Net's error by timestep over that of a guess which knows only the variance: comparable between schedules
+  loss             the U-Net's error by signal-to-noise ratio over that of a guess which knows only the variance: comparable between schedules
   samplers         every solver at several numbers of steps from the same noises: distance to the solution of the ODE, spread,
                    distance to the held-out latents, seconds; a table, a plot and a line of advice
 Everything is printed and written to results/ with its command, hardware and feature network.
@@ -54,7 +54,7 @@ def make_room(config: Config, name: str) -> None:
     """A page that another command made is kept under another name."""
     path = Path(config.results_dir) / f"{name}.md"
     if path.exists() and f"`{cli.command}`" not in path.read_text(encoding="utf-8"):
-        set_aside(path.parent, name, (".md", ".png"))
+        set_aside(path.parent, name, (".md", ".png", "_nearest.png"))
 
 
 def publish(config: Config, name: str, device: torch.device, text: str) -> None:
@@ -84,7 +84,7 @@ def generation(config: Config, dry_run: bool) -> None:
     features = make_features(e.features, e.weights, device)
     name = f"{config.name}_{config.diffusion_name}_{s.sampler}{s.steps}" + (f"_w{s.guidance:g}" if s.guidance != 1 else "")
     plan(config, f"{e.images:,} generated images by {s.sampler}, {s.steps} steps, in features of {features.name}", device, dtype,
-         [f"{name}_generation.md", f"{name}_nearest.png"])  # fmt: skip
+         [f"{name}_generation.md", f"{name}_generation_nearest.png"])  # fmt: skip
     if dry_run:
         return
     images = images_of(config, model.vae_header)
@@ -101,7 +101,6 @@ def generation(config: Config, dry_run: bool) -> None:
     sheet, near, near_held_out = judging.memorisation(
         made, found["generated"], found["held-out (perfection)"], images, images.rows(TRAIN, e.reference), training
     )
-    save_png(sheet, Path(config.results_dir) / f"{name}_nearest.png")
     by = {row.what: row.frechet for row in rows}
     perfect, vae = by["held-out (perfection)"], by["held-out, reconstructed"]
     publish(config, f"{name}_generation", device, "\n\n".join([
@@ -114,8 +113,9 @@ def generation(config: Config, dry_run: bool) -> None:
         f"Error budget: of the {by['generated'] - perfect:.1f} that generated images are farther than held-out ones, the VAE costs {vae - perfect:.1f} and the "
         f"U-Net and its sampler {by['generated'] - vae:.1f}. Generated images score {by['generated'] / perfect:.2f} times what held-out ones score.",
         f"Memorisation: the median distance to the nearest training image is {near:.2f} for generated and {near_held_out:.2f} for held-out images "
-        f"({name}_nearest.png shows the twelve nearest: generated, then its three neighbours).",
+        f"({name}_generation_nearest.png shows the twelve nearest: generated, then its three neighbours).",
     ]))  # fmt: skip
+    save_png(sheet, Path(config.results_dir) / f"{name}_generation_nearest.png")
 
 
 def reconstruction(config: Config, dry_run: bool) -> None:
@@ -140,7 +140,9 @@ def reconstruction(config: Config, dry_run: bool) -> None:
     if perceptual is not None:
         with torch.no_grad():
             distances = [
-                perceptual(*(to_float(torch.from_numpy(x[i : i + e.batch_size].copy())).to(device) for x in (originals, made)))
+                perceptual(
+                    *(to_float(torch.from_numpy(x[i : i + e.batch_size].copy())).to(device) for x in (originals, made))
+                )
                 for i in range(0, len(made), e.batch_size)
             ]
         rows.append([perceptual.title, f"{float(torch.cat(distances).mean()):.4f}"])
@@ -176,7 +178,7 @@ def loss(config: Config, dry_run: bool) -> None:
     model = LatentDiffusion(config, device, dtype)
     encodings = Encodings.load(config.run_dir / "encodings.pt")
     name = f"{config.name}_{config.diffusion_name}_loss"
-    plan(config, f"error of {model.path} by timestep on held-out latents", device, dtype, [f"{name}.md"])
+    plan(config, f"error of {model.path} on held-out latents", device, dtype, [f"{name}.md"])
     if dry_run:
         return
     shown = spread(torch.arange(len(encodings.held_out)), e.images)
@@ -188,10 +190,10 @@ def loss(config: Config, dry_run: bool) -> None:
     ]
     rows.append(["mean", "", *(f"{sum(row[i] for row in found) / len(found):.{digits}f}" for i, digits in ((3, 4), (4, 3)))])
     publish(config, name, device, "\n\n".join([
-        f"# Error by timestep: {config.name}, {model.header['schedule']}, predicts {model.header['prediction']}",
+        f"# Error by signal-to-noise ratio: {config.name}, {model.header['schedule']}, predicts {model.header['prediction']}",
         f"{len(z):,} held-out latents. Beside the squared error of the clean estimate, its ratio to that of the best guess that knows only that latents "
         f"have unit variance: 1 is no better than that guess. A row is a unit of the signal-to-noise ratio's logarithm, and so rows can be compared between "
-        f"schedules and predictions; the mean only where all rows are there.",
+        f"schedules and predictions.",
         table_of(["log(alpha/sigma)", "t", "squared error of z0", "of the guess's"], rows),
     ]))  # fmt: skip
 

@@ -112,12 +112,13 @@ def suffix(s: Sampling) -> str:
 
 
 def of_other_settings(path: Path, config: Config) -> bool:
-    """Is there a grid of this name that was drawn with other settings of sampling, a seed or a caption, say?"""
+    """Is there a grid of this name that was drawn with other settings of sampling, a seed or a caption, say? Or single files without one?"""
+    now, alike = json.loads(config.sampling.model_dump_json()), {"batch_size": 0, "single_files": 0}
     try:
         with Image.open(path) as image:
-            return json.loads(image.text["config"])["sampling"] != json.loads(config.sampling.model_dump_json())
+            return json.loads(image.text["config"])["sampling"] | alike != now | alike
     except FileNotFoundError:
-        return False
+        return path.with_suffix("").exists()
     except (OSError, AttributeError, KeyError, ValueError):
         return True  # not a grid of ours
 

@@ -190,7 +190,7 @@ def loss_by_snr(
     model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: int
 ) -> list[tuple[float, int, int, float, float]]:
     """A row for each unit of lambda = log(alpha/sigma) from -4.5 to 4.5: (its middle, the first and the last t in it, mean squared
-    error of z0_hat, the same over that of the best guess which knows only that z ~ N(0, 1)); none where no timestep lies.
+    error of z0_hat, the same over that of the best guess which knows only that z ~ N(0, 1)); none of what the schedule does not span.
 
     The guess is alpha/(alpha² + sigma²) z_t, its error sigma²/(alpha² + sigma²). At one lambda that ratio is the same whatever the
     schedule and whatever is predicted, and so these can be compared. Noise and timesteps are the same every time.
@@ -200,9 +200,9 @@ def loss_by_snr(
     every = torch.arange(schedule.timesteps)
     lambdas, rows = (schedule.alpha(every) / schedule.sigma(every)).log(), []  # falling with t
     for middle in range(4, -5, -1):
-        inside = every[(lambdas - middle).abs() <= 0.5]
-        if not len(inside):
+        if lambdas[0] < middle + 0.5 or lambdas[-1] > middle - 0.5:
             continue
+        inside = every[(lambdas - middle).abs() <= 0.5]
         wanted = torch.linspace(middle + 0.5, middle - 0.5, len(z), dtype=torch.float64)
         t = inside[(lambdas[inside] - wanted[:, None]).abs().argmin(dim=1)]
         eps = torch.randn(z.shape, generator=generator).to(z.device)

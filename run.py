@@ -164,7 +164,7 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
                 if self.settings.micro_batch != "auto" or self.micro_batch == 1:
-                    raise UserError(f"{self.folder}: {self.micro_batch} images at a time do not fit the GPU's memory; "
+                    raise UserError(f"{self.folder}: {self.micro_batch} images at a time do not fit the memory; "
                                     f"use a smaller micro_batch or smaller widths") from None  # fmt: skip
             # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
             self.micro_batch = (min(self.micro_batch, len(share)) + 1) // 2
@@ -364,6 +364,7 @@ class Run:
     def stop_if_told(self) -> None:
         """After the loop: raise Stopped if a signal ended it before it was complete."""
         if self.stopped_by is not None and not self.complete:
+            parallel.wait()  # for rank 0 to have saved: the end of any other would end it
             raise Stopped(f"stopped at step {self.step} of {self.settings.steps}, state saved in {self.folder}; "
                           f"the same command goes on from here", self.stopped_by)  # fmt: skip
 

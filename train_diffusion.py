@@ -93,7 +93,7 @@ def train(config: Config, dry_run: bool) -> None:
     held_out = normaliser.normalise(encodings.held_out[shown].to(device))
     of_train, held_out_raw, fingerprints = None, None, {"encodings_fingerprint": encodings.fingerprint}
     if conditioning:
-        if encodings.text is not None:
+        if conditioning["kind"] == "text":
             print(f"captions: {encodings.text.feed(device)}")
         of_train, of_held_out = conditions.of_images(unet.conditioner, encodings, device)
         with torch.random.fork_rng(devices=[]):

@@ -181,7 +181,9 @@ def evaluate(
         y = y.clamp(-1, 1)  # what a picture file can hold
         figures = dict(
             psnr=peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
-            ssim=structural_similarity_index_measure(y, x, data_range=2.0),
+            ssim=structural_similarity_index_measure(
+                (y + 1) / 2, (x + 1) / 2, data_range=1.0
+            ),  # it depends on where black is
             reconstruction=reconstruction_error(s.reconstruction, x, y).mean(),
             nats_per_dim=posterior.kl().mean(),
         )

@@ -6,6 +6,7 @@ nothing else of classes and captions.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 import torch
@@ -163,8 +164,8 @@ class Text(Conditioner):
 
 
 def words_of(caption: str) -> list[str]:
-    """Lower-case words and numbers; everything else only separates."""
-    return re.findall(r"\w+(?:'\w+)?", caption.lower())
+    """Lower-case words and numbers of any alphabet, é one letter however it is stored; everything else only separates."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)?", unicodedata.normalize("NFC", caption).lower())
 
 
 KINDS = {"labels": Labels, "words": Words, "text": Text}

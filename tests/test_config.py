@@ -82,6 +82,7 @@ def test_all_mistakes_at_once():
         ("sampling.steps=2000", "more than diffusion.timesteps"),
         ("sampling.autoguidance=weak.safetensors", "no effect with sampling.guidance=1"),
         ("sampling.guidance_interval=[0.2, 3]", "no effect with sampling.guidance=1"),
+        ("sampling.guidance_rescale=0.7", "no effect with sampling.guidance=1"),
         ("sampling.sampler=eulr", "ancestral"),
         ("sampling.x0_clamp=-1.0", "x0_clamp"),
         ("diffusion.name=vae", "taken"),

@@ -151,6 +151,7 @@ def test_folders_named_after_splits_are_the_split(tmp_path):
 def test_a_crop_that_fits_no_picture_is_noticed_early(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(data_module, "MAX_SHOWN", 3)
     monkeypatch.setattr(data_module, "BLOCK", 2)
+    monkeypatch.setattr(data_module, "AHEAD", 3)
     read = []
     original = data_module.SOURCES["folder"]
 

@@ -362,7 +362,9 @@ def test_calibration_by_hand():
     assert figures["std_ratio"] == pytest.approx((0.625) ** 0.5, abs=0.03)
     s = load_config(None).sampling
     assert "narrower" in advice(figures, s)[0]
-    assert "clamped too hard" in advice({**figures, "clamped": 0.1}, s)[0]
+    narrow = s.model_copy(update={"x0_clamp": 1.0})
+    assert "clamped too hard" in advice({**figures, "clamped": 0.1}, narrow)[0]
+    assert "clamped too hard" not in advice({**figures, "clamped": 0.1}, s)[0]  # the remedy itself
     assert advice(dict(std_ratio=1.02, worst_channel_ratio=0.95, clamped=0.0), s) == []
     assert "wider" in advice(dict(std_ratio=1.3, worst_channel_ratio=1.3, clamped=0.0), s)[0]
 
@@ -508,7 +510,9 @@ def test_out_of_memory_outside_of_training_is_one_line(trained, capsys, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(UNet, "forward", none)
-    assert "use a smaller batch_size (CUDA out of memory" in fails(trained, capsys, "infer", "sampling.rows=1")
+    assert "use a smaller batch_size, or micro_batch in training (CUDA out of memory" in fails(
+        trained, capsys, "infer", "sampling.rows=1"
+    )
 
 
 def test_a_model_too_large_for_the_memory_is_found_before_the_work(experiment, capsys, monkeypatch):
