@@ -1,5 +1,6 @@
 """evaluate.py's other tasks: distances with known answers, verdicts by hand, and every task on the tiny experiment."""
 
+import json
 import types
 
 import numpy as np
@@ -10,8 +11,10 @@ from PIL import Image
 import judging
 from config import UserError
 from features import Features, frechet, kid, make_features, precision_recall
+from latent_diffusion import images_of, load_vae
 from models.latents import Normaliser
 from models.schedules import make_schedule
+from settings import load_config
 
 CPU = torch.device("cpu")
 
@@ -182,3 +185,13 @@ def test_features_keep_their_order():
     features = Features("mean", lambda x: x.float().mean(dim=(2, 3)), CPU)
     pixels = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
     assert features(pixels, batch_size=3)[:, 0].tolist() == list(range(10))
+
+
+def test_the_judge_and_the_log_of_training_agree(trained):
+    config = load_config(str(trained.config), trained.argv()[1:])
+    vae, header = load_vae(config, CPU)
+    originals = judging.held_out_pixels(images_of(config, header), 100)
+    figures = judging.fidelity(judging.through(vae, originals, 8, CPU, torch.float32), originals)
+    logged = json.loads((trained.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert logged["held_out/psnr"] == pytest.approx(figures["psnr"], abs=0.05)
+    assert logged["held_out/ssim"] == pytest.approx(figures["ssim"], abs=0.003)
