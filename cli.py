@@ -99,7 +99,8 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     if parallel.size() > 1:
         # The others may be waiting for this process in a collective, and leaving the group, or an ordinary exit, for them:
         # torchrun ends them when this one is gone.
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     return code
 

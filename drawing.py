@@ -8,11 +8,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parallel
-from calibration import Moments
+from calibration import Moments, calibration
 from conditions import Requests
 from config import Sampling
 from data import to_uint8
 from latent_diffusion import LatentDiffusion
+from models.latents import Normaliser
 from pictures import grid, save_png
 from sampling import evaluations, sample
 from starts import Given, noise_of
@@ -38,6 +39,10 @@ class Drawn:
     out_of_range: int = 0  # values of pixels
     pixels: dict[int, np.ndarray] = field(default_factory=dict)  # image -> (H, W, 3) uint8, for the grid
     frames: dict[int, list[Tensor]] = field(default_factory=dict)  # image -> its z0_hat (C, h, w), from noise to picture
+
+    def calibration(self, normaliser: Normaliser, values: int) -> dict:
+        """Of latents and of so many values of pixels in all."""
+        return calibration(self.moments, normaliser, self.clamped / max(self.seen, 1), self.out_of_range / values)
 
     @classmethod
     def joined(cls, parts: "list[Drawn] | None") -> "Drawn | None":

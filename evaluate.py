@@ -155,7 +155,7 @@ def reconstruction(config: Config, dry_run: bool) -> None:
 
 def latents(config: Config, dry_run: bool) -> None:
     e, device = config.evaluation, pick_device(config.device)
-    pick_precision("float32", device)
+    pick_precision("float32", device)  # no TF32 either
     vae, header = load_vae(config, device)
     encodings = encodings_by(vae, config)
     name = f"{config.name}_latents"

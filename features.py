@@ -121,7 +121,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Kernel distance (Bińkowski et al. 2018) and its standard deviation over subsets of at most SUBSET_SIZE pictures (theirs are of 1,000). Unbiased: it may be a little below 0."""
+    """Kernel distance (Bińkowski et al. 2018) and its standard deviation over subsets of at most SUBSET_SIZE pictures (theirs are
+    of 1,000). Unbiased: it may be a little below 0."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(SUBSET_SIZE, len(a), len(b))

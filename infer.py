@@ -20,7 +20,7 @@ from PIL import Image
 
 import parallel
 from artifacts import require_space, set_aside
-from calibration import advice, calibration
+from calibration import advice
 from conditions import requested
 from config import Config, Sampling
 from data import to_uint8
@@ -77,8 +77,7 @@ def infer(config: Config, dry_run: bool) -> None:
         moving = [grid(np.stack(frame), cols, titles=requests.titles) for frame in zip(*pictures)]
         save_gif(moving, results / f"{name}_strip.gif")
 
-    values = count * 3 * model.image_size**2
-    figures = calibration(drawn.moments, model.normaliser, drawn.clamped / max(drawn.seen, 1), drawn.out_of_range / values)
+    figures = drawn.calibration(model.normaliser, count * 3 * model.image_size**2)
     settings = {
         "Software": "nanoLDM",
         "command": cli.command,
@@ -112,7 +111,8 @@ def suffix(s: Sampling) -> str:
 
 
 def of_other_settings(path: Path, config: Config) -> bool:
-    """Is there a grid of this name that was drawn with other settings of sampling, a seed or a caption, say? Or single files without one?"""
+    """Is there a grid of this name that was drawn with other settings of sampling, a seed or a caption, say? Or are there single
+    files without one?"""
     now, alike = json.loads(config.sampling.model_dump_json()), {"batch_size": 0, "single_files": 0}
     try:
         with Image.open(path) as image:

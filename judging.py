@@ -1,4 +1,4 @@
-"""What evaluate.py measures of pictures and latents: reconstruction, generation, the latent card, loss by timestep, memorisation."""
+"""What evaluate.py measures of pictures and latents: reconstruction, generation, the latent card, loss by signal-to-noise ratio, memorisation."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from artifacts import load_plain, save_plain
-from calibration import calibration
 from conditions import Requests
 from config import Config, Sampling, UserError
 from data import Images, spread, to_float, to_uint8
@@ -55,9 +54,7 @@ def generated(s: Sampling, model: LatentDiffusion, raw: Raw | None, n: int) -> t
     """uint8 (n, H, W, 3), and the calibration of their latents; of a conditional model each under the next of the raw conditions."""
     drawn = draw(model, s.model_copy(update={"cols": 1}), Requests([], raw), None, 1.0, Wanted(n, n, [], None))
     pixels = np.stack([drawn.pixels[i] for i in range(n)])
-    return pixels, calibration(
-        drawn.moments, model.normaliser, drawn.clamped / max(drawn.seen, 1), drawn.out_of_range / pixels.size
-    )
+    return pixels, drawn.calibration(model.normaliser, pixels.size)
 
 
 def training_features(config: Config, images: Images, features: Features, at_most: int) -> Tensor:
@@ -188,7 +185,7 @@ def verdict(n: Normaliser, ceiling: float) -> str:
 @torch.no_grad()
 def loss_by_snr(
     model: LatentDiffusion, z: Tensor, raw: Raw | None, batch_size: int
-) -> list[tuple[float, int, int, float, float]]:
+) -> list[tuple[int, int, int, float, float]]:
     """A row for each unit of lambda = log(alpha/sigma) from -4.5 to 4.5: (its middle, the first and the last t in it, mean squared
     error of z0_hat, the same over that of the best guess which knows only that z ~ N(0, 1)); none of what the schedule does not span.
 

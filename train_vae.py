@@ -179,11 +179,10 @@ def evaluate(
             posterior = vae.encode(x)
             y = vae.decode(posterior.mean)
         y = y.clamp(-1, 1)  # what a picture file can hold
+        y01, x01 = (y + 1) / 2, (x + 1) / 2  # SSIM depends on where black is
         figures = dict(
             psnr=peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
-            ssim=structural_similarity_index_measure(
-                (y + 1) / 2, (x + 1) / 2, data_range=1.0
-            ),  # it depends on where black is
+            ssim=structural_similarity_index_measure(y01, x01, data_range=1.0),
             reconstruction=reconstruction_error(s.reconstruction, x, y).mean(),
             nats_per_dim=posterior.kl().mean(),
         )

@@ -110,9 +110,10 @@ def in_two_processes(experiment: Experiment, stages, *overrides) -> list[subproc
                          stdout=said[r][0], stderr=said[r][1], cwd=experiment.folder)
         for r in range(2)
     ]  # fmt: skip
+    until = time.monotonic() + 300
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)
-        if any(process.poll() for process in processes):  # as torchrun does
+        if any(process.poll() for process in processes) or time.monotonic() > until:  # torchrun too ends the others
             for process in processes:
                 process.terminate()
     texts = [[file.seek(0) or file.read() for file in files] for files in said]
