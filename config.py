@@ -258,7 +258,7 @@ class Config(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = key("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bf16 where the hardware has it, else float32")
     compile: Union[Literal["auto"], bool] = key(
-        "auto", "torch.compile: true; false; auto: the networks in training on CUDA, where the minutes come back"
+        "auto", "torch.compile: true; false; auto: on CUDA the networks in training, and sampling's network as a CUDA graph"
     )
     runs_dir: PathText = key("runs", "working files")
     results_dir: PathText = key("results", "grids, and the pages of evaluate.py")

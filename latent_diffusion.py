@@ -8,6 +8,7 @@ from torch import Tensor
 from artifacts import fingerprint, load_network
 from config import Config, Sampling, UserError
 from data import Images, load_images
+from inference import Forward, Graphed, cast_weights
 from latent_cache import Encodings
 from models.conditioning import Raw
 from models.latents import Normaliser
@@ -46,8 +47,13 @@ class LatentDiffusion:
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is not as this version writes it ({error!r}): train it again") from None
         self.weaker = self._load_weaker(config.sampling)
-        if config.compile is True:  # by "auto" not: a grid is drawn before compiling pays
+        if (
+            config.compile is True
+        ):  # by "auto" not: a grid is drawn before compiling pays, while a graph is captured in a second
             compile_networks(True, device, self.unet, self.vae.decoder)
+        self._graphs = device.type == "cuda" and config.compile is not False
+        self._forward = self._ready(self.unet)
+        self._forward_weaker = self._ready(self.weaker) if self.weaker is not None else None
         self.image_size = self.vae_header["image_size"]
         settings = self.header["settings"]
         self.shape = (settings["channels"], settings["size"], settings["size"])
@@ -55,20 +61,24 @@ class LatentDiffusion:
     def denoiser(self, s: Sampling, raw: Raw | None = None) -> Denoise:
         """The network under a raw condition (a row per image of the batch) and the guidance of these settings."""
 
-        def of(net: UNet, raw: Raw | None) -> Denoise:
+        def of(forward: Forward, raw: Raw | None) -> Denoise:
             return make_denoiser(
-                lambda z_t, t: net(z_t, t, raw), self.schedule, self.header["prediction"], self.device, self.dtype
+                lambda z_t, t: forward(z_t, t, *(raw or ())),
+                self.schedule,
+                self.header["prediction"],
+                self.device,
+                self.dtype,
             )
 
-        cond = of(self.unet, raw)
-        if self.weaker is not None:
-            away = of(self.weaker, raw)
+        cond = of(self._forward, raw)
+        if self._forward_weaker is not None:
+            away = of(self._forward_weaker, raw)
 
             def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
                 return cond(z_t, t), away(z_t, t)
 
         elif raw is not None:
-            halves = of(self.unet, tuple(torch.cat(pair) for pair in zip(raw, self.unet.conditioner.null_like(raw))))
+            halves = of(self._forward, tuple(torch.cat(pair) for pair in zip(raw, self.unet.conditioner.null_like(raw))))
 
             def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
                 return halves(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
@@ -76,6 +86,16 @@ class LatentDiffusion:
         else:
             return cond
         return guided(cond, both, self.schedule, s.guidance, s.guidance_interval, s.guidance_rescale)
+
+    def _ready(self, net: UNet) -> Forward:
+        """(z_t, t, and the tensors of a raw condition) -> prediction, as fast as this device has it."""
+        if self.dtype != torch.float32:
+            cast_weights(net, self.dtype)
+
+        def forward(z_t: Tensor, t: Tensor, *raw: Tensor) -> Tensor:
+            return net(z_t, t, raw or None)
+
+        return Graphed(forward) if self._graphs else forward
 
     def _load_weaker(self, s: Sampling) -> UNet | None:
         """The network to guide away from, if sampling.autoguidance names one."""

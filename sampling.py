@@ -178,7 +178,8 @@ def make_denoiser(
 
     @torch.no_grad()
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        # No weight is used twice in a call, and a CUDA graph must not read casts that are cached and freed outside of it.
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             output = net(z_t.contiguous(memory_format=torch.channels_last), t).float()
         return to_z0(prediction, output, z_t, alphas[t][:, None, None, None], sigmas[t][:, None, None, None])
 

@@ -13,6 +13,7 @@ from timing import DEVICE, interleaved, machine, print_table
 from unet_step import CHANNELS, SIZE, diffusers_net
 
 from config import Diffusion
+from inference import Graphed, cast_weights
 from models.schedules import make_schedule
 from models.unet import UNet
 from sampling import make_denoiser, sample
@@ -29,10 +30,12 @@ def main(steps: int = 20, repeats: int = 5) -> None:
         .to(DEVICE, memory_format=torch.channels_last)
         .eval()
     )
+    cast_weights(net, dtype)
+    forward = Graphed(net) if DEVICE.type == "cuda" else net
     noise = torch.randn(IMAGES, CHANNELS, SIZE, SIZE, device=DEVICE)
 
     def ours():
-        return sample(make_denoiser(net, schedule, "eps", DEVICE, dtype), noise, schedule, "dpmpp_2m", steps)
+        return sample(make_denoiser(forward, schedule, "eps", DEVICE, dtype), noise, schedule, "dpmpp_2m", steps)
 
     def theirs(precision: torch.dtype, layout):
         peer = diffusers_net().to(DEVICE, memory_format=layout).eval()

@@ -1,11 +1,13 @@
-"""What saves time or memory must not change the result: recomputed activations, slices, compiled networks."""
+"""What saves time or memory must not change the result: recomputed activations, slices, compiled networks, graphs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_models import small_unet, small_vae, wake
 
+import inference
 import models.vae
 import training
 
@@ -127,6 +129,61 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     assert capsys.readouterr().out == (
         "note: nothing is compiled, as torch.compile fails here: Cannot find a working triton installation.\n"
     )
+
+
+def test_weights_cast_once_are_those_that_autocast_casts_every_time():
+    conditioning = dict(kind="words", vocabulary=["a", "b"], width=16, max_words=4)
+    net = wake(small_unet(conditioning=conditioning, cross_attention=[8], bottleneck="transformer")).eval()
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 500, 900, 20]), (torch.tensor([[1, 3, 4, 0, 0]] * 4),)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = net(*inputs)
+        inference.cast_weights(net, torch.bfloat16)
+        assert torch.equal(net(*inputs), plain)
+    assert net.conv_in.weight.dtype == torch.bfloat16 and net.norm_out.weight.dtype == torch.float32
+
+
+class ReplayedEagerly(inference.Graphed):
+    """What a CUDA graph does, without one: replay reads the inputs of the capture and writes over its output."""
+
+    def _capture(self, inputs, expected):
+        places, output = [x.clone() for x in inputs], torch.full_like(expected, torch.nan)
+        return SimpleNamespace(replay=lambda: output.copy_(self.net(*places))), places, output
+
+
+def check_graphed(graphed, net, device):
+    """The network's own outputs, for inputs that change, in two shapes by turns; none is written over by the next."""
+    given = [(torch.randn(n, 4, 8, 8, device=device), torch.full((n,), t, device=device)) for n, t in ((2, 5), (3, 7), (2, 900), (3, 1), (2, 5))]  # fmt: skip
+    with torch.no_grad():
+        outputs = [graphed(*inputs) for inputs in given]
+        torch.testing.assert_close(outputs, [net(*inputs) for inputs in given])
+    assert graphed.works and len(graphed._graphs) == 2
+
+
+def test_a_graph_is_the_network_for_every_input():
+    net = wake(small_unet()).eval()
+    check_graphed(ReplayedEagerly(net), net, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_a_graph_on_cuda():
+    net = wake(small_unet()).to("cuda").eval().requires_grad_(False)
+    graphed = inference.Graphed(net)
+    check_graphed(graphed, net, torch.device("cuda"))
+    for parameter in net.parameters():
+        parameter.zero_()
+    z, t = torch.randn(2, 4, 8, 8, device="cuda"), torch.full((2,), 5, device="cuda")
+    with torch.no_grad():
+        assert torch.equal(graphed(z, t), net(z, t))  # it reads the weights where they lie
+
+
+def test_without_a_graph_one_line_says_so(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no graphs on this device\nmore\nlines")
+
+    monkeypatch.setattr(inference.Graphed, "_capture", fails)
+    graphed = inference.Graphed(lambda x: 2 * x)
+    assert [float(graphed(torch.tensor(x))) for x in (1.0, 2.0)] == [2.0, 4.0]
+    assert capsys.readouterr().out == "note: sampling without a CUDA graph (no graphs on this device)\n"
 
 
 def test_the_first_step_is_timed_apart(trained):
