@@ -12,8 +12,10 @@ if __name__ == "__main__":
 
 import hashlib
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from models.latents import Normaliser
 from sources import HELD_OUT, TRAIN
 from training import autocast, compile_networks, pick_device, pick_precision
 
-PART = 8192  # images encoded between two writes
+PART = 8192  # images or captions between two writes: what an interruption can cost
 TOKENS = 15  # of a caption, about
 
 
@@ -61,16 +63,17 @@ def encode(config: Config, dry_run: bool) -> None:
     if is_current(path, vae_fingerprint, images, captions, labels, config):
         print(f"{path}: up to date")
         return
-    encoder = ClipText(config.text.model, device) if config.text.encoder == "clip" and images.captions is not None else None
-    if encoder:
-        embedded = sum(map(len, images.captions)) * TOKENS * encoder.width * 2  # bytes
-        require_space(config.run_dir, 2 * stored * per_image + embedded)
-        print(f"captions: {sum(map(len, images.captions)):,} through {encoder.model}, about {embedded / 1e6:,.0f} MB")
+    encoder, texts = None, []
+    if config.text.encoder == "clip" and images.captions is not None:
+        encoder = ClipText(config.text.model, device)
+        texts = [text for split in rows for theirs in captions[split] for text in theirs] + [""]  # the null condition
+        embedded = len(texts) * TOKENS * encoder.width * 2  # bytes
+        require_space(config.run_dir, 2 * (stored * per_image + embedded))
+        print(f"captions: {len(texts) - 1:,} through {encoder.model}, about {embedded / 1e6:,.0f} MB")
     if dry_run:
         return
 
-    # Parts of PART images are written as they come, by whichever process they fall to: what an interruption leaves is not lost.
-    made_of = hashlib.sha256(f"{vae_fingerprint}{images.fingerprint}{s.dtype}".encode())
+    made_of = hashlib.sha256(f"{vae_fingerprint}{images.fingerprint}{s.dtype}{encoder and encoder.model}{texts}".encode())
     scratch = config.run_dir / f"encodings.parts-{made_of.hexdigest()[:16]}"
     if parallel.leads():
         for other in config.run_dir.glob("encodings.parts-*"):
@@ -81,52 +84,52 @@ def encode(config: Config, dry_run: bool) -> None:
     pixels = Feed([torch.from_numpy(images.pixels)], device)
     print(f"pixels: {pixels}")
 
-    def encode_parts(split: int, flip: bool, title: str) -> list[Path]:
-        theirs = torch.from_numpy(rows[split])
-        n = len(theirs)
-        files = {start: scratch / f"{title.replace(' ', '-')}-{start:09d}.pt" for start in range(0, n, PART)}
-        mine = list(files.items())[parallel.rank() :: parallel.size()]
-        with torch.no_grad(), tqdm(total=sum(min(PART, n - start) for start, _ in mine), desc=title, unit="img") as bar:
-            for start, file in mine:
-                stop = min(start + PART, n)
-                if file.exists():
-                    bar.update(stop - start)
-                    continue
-                part = torch.empty(stop - start, vae.latent_channels, side, side, dtype=getattr(torch, s.dtype))
-                batches = theirs[start:stop].split(s.batch_size)
-                for first, batch, then in zip(count(start, s.batch_size), batches, [*batches[1:], None]):
-                    x = to_float(pixels.take(batch, then))
-                    with autocast(device, dtype):
-                        mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
-                    part[first - start : first - start + len(x)] = mean.to(part.dtype)
-                    bar.update(len(x))
-                if not torch.isfinite(part).all():
-                    raise UserError(
-                        f"{vae_path(config)} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL"
-                    )
-                save_plain(file, {"mean": part})
-        return list(files.values())
+    def latents(split: int, flip: bool) -> Callable[[range, Callable], dict]:
+        def make(part: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
+            means = torch.empty(len(part), vae.latent_channels, side, side, dtype=getattr(torch, s.dtype), device=device)
+            batches = torch.from_numpy(rows[split][part.start : part.stop]).split(s.batch_size)
+            for first, batch, then in zip(count(0, s.batch_size), batches, [*batches[1:], None]):
+                x = to_float(pixels.take(batch, then))
+                with torch.no_grad(), autocast(device, dtype):
+                    mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
+                means[first : first + len(x)] = mean.to(means.dtype)
+                advance(len(x))
+            if not torch.isfinite(means).all():
+                raise UserError(
+                    f"{vae_path(config)} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL"
+                )
+            return {"mean": means.cpu()}
 
-    parts = {"mean": encode_parts(TRAIN, False, "encoding"), "held out": encode_parts(HELD_OUT, False, "encoding held out")}
+        return make
+
+    parts = {
+        "mean": in_parts(scratch, "encoding", "img", len(rows[TRAIN]), latents(TRAIN, flip=False)),
+        "held out": in_parts(scratch, "encoding held out", "img", len(rows[HELD_OUT]), latents(HELD_OUT, flip=False)),
+    }
     if config.data.flip:
-        parts["mirrored"] = encode_parts(TRAIN, True, "encoding mirrored")
+        parts["mirrored"] = in_parts(scratch, "encoding mirrored", "img", len(rows[TRAIN]), latents(TRAIN, flip=True))
+    if encoder:
+        parts["text"] = in_parts(
+            scratch, "embedding captions", "caption", len(texts), embedding(encoder, texts, s.batch_size)
+        )
     parallel.wait()
     if not parallel.leads():
         return
 
-    def joined(which: str) -> Tensor:
-        return torch.cat([load_plain(file, f"remove {scratch}", mmap=True)["mean"] for file in parts[which]])
+    def joined(which: str, key: str = "mean") -> Tensor:
+        return torch.cat([load_plain(file, f"remove {scratch}", mmap=True)[key] for file in parts[which]])
 
     mean = joined("mean")
     try:
         normaliser = Normaliser.measure(mean, s.normalise)
     except ValueError as error:
         raise UserError(f"{vae_path(config)}: {error}") from None
-    text = (
-        embed(encoder, [text for split in rows for texts in captions[split] for text in texts], s.batch_size)
-        if encoder
-        else None
-    )
+    text = None
+    if encoder:
+        text = CaptionEmbeddings(encoder.model, joined("text", "values"), joined("text", "lengths"))
+        cut = int(joined("text", "cut").sum())
+        if cut:
+            print(f"note: {cut:,} captions are longer than {encoder.longest} tokens and were cut")
     Encodings(
         mean,
         joined("mirrored") if config.data.flip else None,
@@ -146,20 +149,40 @@ def encode(config: Config, dry_run: bool) -> None:
     print(f"done: {path}")
 
 
-def embed(encoder: ClipText, captions: list[str], batch_size: int) -> CaptionEmbeddings:
-    """Embeddings of all captions, and of the empty one behind them."""
-    captions, embeddings = [*captions, ""], []
-    # By length, so that little of a batch is padding.
-    order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
-    with tqdm(total=len(captions), desc="embedding captions", unit="caption") as bar:
+def in_parts(folder: Path, title: str, unit: str, n: int, make: Callable[[range, Callable], dict]) -> list[Path]:
+    """What make(part, advance) gives for each PART of 0 … n-1, a file for each part, made by the process it falls to. A part that an
+    interrupted pass has left is not made again."""
+    files = {start: folder / f"{title.replace(' ', '-')}-{start:09d}.pt" for start in range(0, n, PART)}
+    mine = [(range(start, min(start + PART, n)), file) for start, file in files.items()][parallel.rank() :: parallel.size()]
+    total, writing = sum(len(part) for part, _ in mine), None
+    with ThreadPoolExecutor(1) as writer, tqdm(total=total, desc=title, unit=unit) as bar:
+        for part, file in mine:
+            if file.exists():
+                bar.update(len(part))
+                continue
+            content = make(part, bar.update)
+            if writing:
+                writing.result()  # raises what went wrong
+            writing = writer.submit(save_plain, file, content)  # while the device makes the next
+        if writing:
+            writing.result()
+    return list(files.values())
+
+
+def embedding(encoder: ClipText, captions: list[str], batch_size: int) -> Callable[[range, Callable], dict]:
+    """For in_parts: the token embeddings of a part of the captions."""
+
+    def make(part: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
+        embeddings, cut_before = {}, encoder.cut
+        order = sorted(part, key=lambda i: len(captions[i]))  # so that little of a batch is padding
         for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            embeddings += [e.half() for e in encoder.encode([captions[i] for i in part])]
-            bar.update(len(part))
-    if encoder.cut:
-        print(f"note: {encoder.cut:,} captions are longer than {encoder.longest} tokens and were cut")
-    place = {i: n for n, i in enumerate(order)}
-    return CaptionEmbeddings.of(encoder.model, [embeddings[place[i]] for i in range(len(captions))])
+            batch = order[start : start + batch_size]
+            embeddings |= zip(batch, (e.half() for e in encoder.encode([captions[i] for i in batch])))
+            advance(len(batch))
+        ragged = CaptionEmbeddings.of(encoder.model, [embeddings[i] for i in part])
+        return {"values": ragged.values, "lengths": ragged.lengths, "cut": torch.tensor([encoder.cut - cut_before])}
+
+    return make
 
 
 def is_current(path: Path, vae_fingerprint: str, images: Images, captions: dict, labels: dict, config: Config) -> bool:

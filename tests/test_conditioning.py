@@ -452,6 +452,43 @@ def test_text_by_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
     assert (tmp_path / "results" / "tiny_clip_ddim_2x3_w4_strip.png").exists()
 
 
+def test_captions_are_embedded_in_parts(trained, tiny_clip, tmp_path, monkeypatch, capsys):
+    """Interrupted after two of its three parts, and with another batch: the embeddings are those made at once, in their order."""
+    import shutil
+
+    from conftest import Experiment
+
+    import create_encodings
+    from latent_cache import Encodings
+
+    shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
+    experiment, save, written = Experiment(tmp_path), create_encodings.save_plain, []
+    clip = ["text.encoder=clip", f"text.model={tiny_clip}", "diffusion.cross_attention=[8,4]"]
+    assert experiment.run("create_encodings", *clip) == 0
+    path = experiment.run_dir / "encodings.pt"
+    whole = Encodings.load(path).text
+    path.unlink()
+
+    def interrupted(file, content):
+        if len([name for name in written if "captions" in name]) == 2:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        save(file, content)
+
+    monkeypatch.setattr(create_encodings, "PART", 20)
+    monkeypatch.setattr(create_encodings, "save_plain", interrupted)
+    assert experiment.run("create_encodings", *clip) == 130 and not path.exists()
+    monkeypatch.setattr(
+        create_encodings, "save_plain", lambda file, content: (written.append(file.name), save(file, content))
+    )
+    assert experiment.run("create_encodings", *clip, "encodings.batch_size=7") == 0
+    assert len(written) == len(set(written)) and len([name for name in written if "captions" in name]) == 3
+    text = Encodings.load(path).text
+    assert text.lengths.tolist() == whole.lengths.tolist()
+    torch.testing.assert_close(text.values, whole.values, rtol=2e-3, atol=2e-3)
+    assert not list(experiment.run_dir.glob("encodings.parts*"))
+
+
 def test_a_text_encoder_that_cannot_be_loaded(trained, tmp_path, capsys):
     assert trained.run("create_encodings", "text.encoder=clip", f"text.model={tmp_path}") == 2
     error = capsys.readouterr().err.strip().splitlines()
