@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from artifacts import first_line
+from artifacts import fingerprint, first_line
 from config import UserError
 
 
@@ -26,6 +26,7 @@ class ClipText:
             ) from None
         self.model, self.width, self.device = model, self.net.config.hidden_size, device
         self.longest = self.net.config.max_position_embeddings  # 77 tokens
+        self.fingerprint = fingerprint(self.net.state_dict())  # what it is, wherever it lies
         self.cut = 0  # captions so far that were longer
 
     @torch.no_grad()

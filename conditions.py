@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from clip import ClipText
-from config import Config, Sampling, UserError
+from config import Config, UserError
 from data import spread
 from latent_cache import CaptionEmbeddings, Encodings
 from models.conditioning import Conditioner, Labels, Raw, Text, Words, words_of
 
 RARE = 2  # words that fewer training captions hold are unknown words
 MOST_WORDS = 10_000
+REMEDY = "run create_encodings.py with the data.* and text.* of then, or train_diffusion.py under another diffusion.name"
 
 
 @dataclass
@@ -55,8 +56,10 @@ def settings_for(config: Config, encodings: Encodings) -> dict | None:
         if long:
             print(f"note: {long:,} captions are longer than text.max_words={config.text.max_words} words and are cut")
         return dict(kind="words", vocabulary=vocabulary, width=config.text.width, layers=config.text.layers, max_words=config.text.max_words, pairs=pairs)  # fmt: skip
-    embeddings = encodings.text
-    return dict(kind="text", model=embeddings.model, token_dim=embeddings.width, null_length=len(embeddings.null()))
+    text = encodings.text
+    return dict(
+        kind="text", model=text.model, fingerprint=text.fingerprint, token_dim=text.width, null_length=len(text.null())
+    )
 
 
 def vocabulary_of(captions: list[list[str]]) -> tuple[list[str], list[str]]:
@@ -77,31 +80,28 @@ def _frequent(counts: Counter) -> list:
     return sorted(kept[:MOST_WORDS])
 
 
-def of_images(conditioner: Conditioner, encodings: Encodings, device: torch.device) -> tuple[Conditions, Conditions]:
-    """Conditions of the training and of the held-out images, for this conditioner."""
+def of_split(conditioner: Conditioner, encodings: Encodings, held_out: bool, device: torch.device) -> Conditions:
+    """Conditions of the training or of the held-out images, for this conditioner. Raises UserError where the encodings hold other
+    labels, or captions by another text encoder, than it was made for."""
     if isinstance(conditioner, Labels):
+        for name, values in conditioner.names.items():
+            if encodings.label_names.get(name) != values:
+                there = ", ".join(encodings.label_names.get(name, ["no such label"])[:10])
+                raise UserError(
+                    f"the labels of encodings.pt are not those the model was trained with ({name}: {there}): {REMEDY}"
+                )
         columns = [list(encodings.label_names).index(name) for name in conditioner.names]
-        return tuple(_of_labels(labels[:, columns], device) for labels in (encodings.labels, encodings.held_out_labels))
-    captions, first = (encodings.captions, encodings.held_out_captions), 0
-    found = []
-    if isinstance(conditioner, Text):
-        if encodings.text is None or encodings.text.model != conditioner.model:
-            there = encodings.text.model if encodings.text else "no text encoder"
-            raise UserError(
-                f"the captions of encodings.pt were embedded by {there}, the model wants {conditioner.model}: run create_encodings.py"
-            )
-        conditioner.null_tokens.copy_(encodings.text.null())
-    for texts in captions:
-        if isinstance(conditioner, Words):
-            look_up = _numbers(conditioner, texts, device)
-        else:
-
-            def look_up(rows: Tensor, first=first) -> Raw:
-                return encodings.text.take(rows + first, device)
-
-        found.append(_of_captions(texts, look_up))
-        first += sum(map(len, texts))
-    return tuple(found)
+        return _of_labels((encodings.held_out_labels if held_out else encodings.labels)[:, columns], device)
+    texts = encodings.held_out_captions if held_out else encodings.captions
+    if texts is None:
+        raise UserError(f"encodings.pt holds no captions, and the model was trained with some: {REMEDY}")
+    if isinstance(conditioner, Words):
+        return _of_captions(texts, _numbers(conditioner, texts, device))
+    if encodings.text is None or encodings.text.fingerprint != conditioner.fingerprint:
+        there = encodings.text.model if encodings.text else "no text encoder"
+        raise UserError(f"the captions of encodings.pt were embedded by {there}, the model was trained with {conditioner.model}: {REMEDY}")  # fmt: skip
+    first = sum(map(len, encodings.captions)) if held_out else 0
+    return _of_captions(texts, lambda rows: encodings.text.take(rows + first, device))
 
 
 def of_held_out(conditioner: Conditioner | None, encodings: Encodings, n: int, device: torch.device) -> Raw | None:
@@ -113,7 +113,7 @@ def of_held_out(conditioner: Conditioner | None, encodings: Encodings, n: int, d
     rows = rows[torch.arange(n) % len(rows)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return of_images(conditioner, encodings, device)[1].take(rows)
+        return of_split(conditioner, encodings, True, device).take(rows)
 
 
 def _of_labels(labels: Tensor, device) -> Conditions:
@@ -157,11 +157,12 @@ class Requests:
         return None if self.raw is None else tuple(r[rows] for r in self.raw)
 
 
-def requested(s: Sampling, conditioner: Conditioner | None, device: torch.device) -> Requests:
+def requested(config: Config, conditioner: Conditioner | None, device: torch.device) -> Requests:
     """Read sampling.labels or sampling.prompts for this model. Raises UserError for what it does not know.
 
     Without either: every class in turn where there is one kind of label, else the null condition, as an untitled row.
     """
+    s = config.sampling
     if conditioner is None:
         if s.labels is not None or s.prompts is not None:
             key = "labels" if s.labels is not None else "prompts"
@@ -179,8 +180,13 @@ def requested(s: Sampling, conditioner: Conditioner | None, device: torch.device
         numbers, unknown = conditioner.encode(prompts)
         warnings = [f"warning: the model knows no word {word!r}" for word in sorted(unknown)]
         return Requests(titles, (numbers.to(device),), warnings)
-    encoder = ClipText(conditioner.model, device)
-    embeddings = CaptionEmbeddings.of(conditioner.model, encoder.encode(prompts))
+    named = "model" in config.text.model_fields_set  # else where it lay in training
+    encoder = ClipText(config.text.model if named else conditioner.model, device)
+    if encoder.fingerprint != conditioner.fingerprint:
+        raise UserError(
+            f"text.model: {encoder.model} has other weights than {conditioner.model}, which the model was trained with"
+        )
+    embeddings = CaptionEmbeddings.of(encoder, encoder.encode(prompts))
     warnings = (
         [f"warning: {encoder.cut} prompts are longer than {encoder.longest} tokens and were cut"] if encoder.cut else []
     )

@@ -308,6 +308,16 @@ class Config(Section):
                 f"some are to attend to the caption"
             )
         s = self.sampling
+        if (
+            self.diffusion.condition != "none"
+            and self.diffusion.cfg_dropout == 0
+            and s.guidance != 1
+            and s.autoguidance is None
+        ):
+            raise ValueError(
+                f"sampling.guidance={s.guidance:g} with diffusion.cfg_dropout=0: the null condition to guide away from is never trained; "
+                f"set one to 1, or the other to 0.1"
+            )
         if self.diffusion.condition == "none" and s.guidance != 1 and s.autoguidance is None:
             raise ValueError(
                 f"sampling.guidance={s.guidance:g} with diffusion.condition=none: the model has nothing to be guided by; set it to 1, or name a weaker model with sampling.autoguidance"

@@ -73,7 +73,9 @@ def encode(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
 
-    made_of = hashlib.sha256(f"{vae_fingerprint}{images.fingerprint}{s.dtype}{encoder and encoder.model}{texts}".encode())
+    made_of = hashlib.sha256(
+        f"{vae_fingerprint}{images.fingerprint}{s.dtype}{encoder and encoder.fingerprint}{texts}".encode()
+    )
     scratch = config.run_dir / f"encodings.parts-{made_of.hexdigest()[:16]}"
     if parallel.leads():
         for other in config.run_dir.glob("encodings.parts-*"):
@@ -126,7 +128,7 @@ def encode(config: Config, dry_run: bool) -> None:
         raise UserError(f"{vae_path(config)}: {error}") from None
     text = None
     if encoder:
-        text = CaptionEmbeddings(encoder.model, joined("text", "values"), joined("text", "lengths"))
+        text = CaptionEmbeddings(encoder.model, encoder.fingerprint, joined("text", "values"), joined("text", "lengths"))
         cut = int(joined("text", "cut").sum())
         if cut:
             print(f"note: {cut:,} captions are longer than {encoder.longest} tokens and were cut")
@@ -179,7 +181,7 @@ def embedding(encoder: ClipText, captions: list[str], batch_size: int) -> Callab
             batch = order[start : start + batch_size]
             embeddings |= zip(batch, (e.half() for e in encoder.encode([captions[i] for i in batch])))
             advance(len(batch))
-        ragged = CaptionEmbeddings.of(encoder.model, [embeddings[i] for i in part])
+        ragged = CaptionEmbeddings.of(encoder, [embeddings[i] for i in part])
         return {"values": ragged.values, "lengths": ragged.lengths, "cut": torch.tensor([encoder.cut - cut_before])}
 
     return make

@@ -39,7 +39,7 @@ def infer(config: Config, dry_run: bool) -> None:
     model = LatentDiffusion(config, device, dtype)
     header = model.header
     given = Given.load(s, model) if s.image else None
-    requests = requested(s, model.unet.conditioner, device)
+    requests = requested(config, model.unet.conditioner, device)
     rows = len(requests) if requests.titles else s.rows  # a row of pictures for each request
     count = s.images or rows * s.cols
     name = f"{config.name}_{config.diffusion_name}_{s.sampler}_{rows}x{s.cols}{suffix(s)}"

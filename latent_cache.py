@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from artifacts import fingerprint, load_plain, save_plain
+from clip import ClipText
 from config import Config, UserError
 from feed import Feed
 from models.latents import Normaliser
@@ -18,7 +19,8 @@ OPTIONAL = ("mean_flipped", "labels", "held_out_labels", "captions", "held_out_c
 class CaptionEmbeddings:
     """Token embeddings of captions of any length, one behind the other, without padding. The last caption is the empty one."""
 
-    model: str  # of the text encoder
+    model: str  # the text encoder's name or folder
+    fingerprint: str  # of its weights
     values: Tensor  # (sum of lengths, D) float16
     lengths: Tensor  # (M,) int64
 
@@ -28,9 +30,10 @@ class CaptionEmbeddings:
         self._feed: Feed | None = None
 
     @classmethod
-    def of(cls, model: str, embeddings: list[Tensor]) -> "CaptionEmbeddings":
-        """From (L_i, D) each."""
-        return cls(model, torch.cat(embeddings).half(), torch.tensor([len(e) for e in embeddings]))
+    def of(cls, encoder: ClipText, embeddings: list[Tensor]) -> "CaptionEmbeddings":
+        """From (L_i, D) each, as this encoder made them."""
+        values, lengths = torch.cat(embeddings).half(), torch.tensor([len(e) for e in embeddings])
+        return cls(encoder.model, encoder.fingerprint, values, lengths)
 
     @property
     def width(self) -> int:
@@ -92,7 +95,7 @@ class Encodings:
     def save(self, path: Path) -> None:
         content = {k: v for k, v in vars(self).items() if k not in ("normaliser", "text") and v is not None}
         if self.text is not None:
-            content["text"] = {k: getattr(self.text, k) for k in ("model", "values", "lengths")}
+            content["text"] = {k: getattr(self.text, k) for k in ("model", "fingerprint", "values", "lengths")}
         save_plain(path, {"kind": "encodings", **content, **self.normaliser.state_dict("normaliser.")})
 
     @classmethod

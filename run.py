@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from textwrap import shorten
 from typing import Callable
 
 import torch
@@ -33,6 +34,7 @@ MAY_CHANGE = (
     "sample_images",
     "name",
     "weights",  # of the perceptual network: where the file lies
+    "model",  # of text: where it lies; its fingerprint tells it apart
 )
 
 
@@ -385,5 +387,5 @@ def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{name}.")
         elif old != new and name not in MAY_CHANGE:
-            found.append(f"{prefix}{name} was {old}, now {new}")
+            found.append(f"{prefix}{name} was {shorten(str(old), 60)}, now {shorten(str(new), 60)}")
     return found

@@ -95,7 +95,10 @@ def train(config: Config, dry_run: bool) -> None:
     if conditioning:
         if conditioning["kind"] == "text":
             print(f"captions: {encodings.text.feed(device)}")
-        of_train, of_held_out = conditions.of_images(unet.conditioner, encodings, device)
+            unet.conditioner.null_tokens.copy_(encodings.text.null())
+        of_train, of_held_out = (
+            conditions.of_split(unet.conditioner, encodings, held_out, device) for held_out in (False, True)
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same captions every time
             held_out_raw = of_held_out.take(shown)

@@ -146,9 +146,9 @@ class Text(Conditioner):
     """Token embeddings of a frozen text encoder (B, L, token_dim) and their mask (B, L) -> the same tokens; the last one that
     is no padding, where CLIP puts what it knows of the whole, goes to time. The null is the empty caption's embedding."""
 
-    def __init__(self, model: str, token_dim: int, null_length: int, emb_dim: int):
+    def __init__(self, model: str, token_dim: int, null_length: int, emb_dim: int, fingerprint: str = ""):
         super().__init__()
-        self.model, self.token_dim = model, token_dim
+        self.model, self.fingerprint, self.token_dim = model, fingerprint, token_dim
         self.register_buffer("null_tokens", torch.zeros(null_length, token_dim))
         self.to_emb = nn.Linear(token_dim, emb_dim)
 

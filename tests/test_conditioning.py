@@ -1,9 +1,12 @@
 """Conditions: labels, words and CLIP through the U-Net, guidance on real networks, the transformer in the middle."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import conditions
@@ -199,8 +202,6 @@ def test_bad_networks():
 @pytest.fixture(scope="module")
 def conditional(trained, tmp_path_factory):
     """The tiny experiment with three more U-Nets: by attributes, by words, and with a transformer by attributes."""
-    import shutil
-
     from conftest import Experiment
 
     folder = tmp_path_factory.mktemp("conditional")
@@ -283,15 +284,16 @@ def test_a_mirrored_latent_keeps_its_images_condition(conditional, monkeypatch):
     """Row n + i is image i mirrored: the labels asked for are those of rows modulo n."""
     import train_diffusion
 
-    latents, asked, original, take = [], [], conditions.of_images, train_diffusion.Feed.take
+    latents, asked, original, take = [], [], conditions.of_split, train_diffusion.Feed.take
 
-    def watched(*args):
-        of_train, of_held_out = original(*args)
-        inner = of_train.take
-        of_train.take = lambda rows: asked.append(rows) or inner(rows)
-        return of_train, of_held_out
+    def watched(conditioner, encodings, held_out, device):
+        found = original(conditioner, encodings, held_out, device)
+        inner = found.take
+        if not held_out:
+            found.take = lambda rows: asked.append(rows) or inner(rows)
+        return found
 
-    monkeypatch.setattr(conditions, "of_images", watched)
+    monkeypatch.setattr(conditions, "of_split", watched)
     monkeypatch.setattr(
         train_diffusion.Feed, "take", lambda self, now, then=None: latents.append(now) or take(self, now, then)
     )
@@ -324,8 +326,6 @@ def test_a_class_model_of_one_label_draws_every_class(experiment, pictures, caps
 
 def test_resuming_with_conditions_is_bitwise_the_same(conditional, tmp_path):
     """Captions and what is dropped of labels are drawn anew on resume exactly as in one go."""
-    import shutil
-
     from conftest import Experiment
     from safetensors.torch import load_file
 
@@ -422,7 +422,7 @@ def test_clip_tokens_are_those_of_the_caption_alone(tiny_clip):
 
 def test_caption_embeddings_are_ragged():
     embeddings = [torch.full((n, 3), float(n)) for n in (4, 2, 5, 2)]
-    stored = CaptionEmbeddings.of("m", embeddings)
+    stored = CaptionEmbeddings.of(SimpleNamespace(model="m", fingerprint="f"), embeddings)
     tokens, mask = stored.take(torch.tensor([2, 0]), "cpu")
     assert mask.sum(1).tolist() == [5, 4] and tokens.shape == (2, 5, 3) and torch.equal(tokens[1, 4], torch.zeros(3))
     assert torch.equal(tokens[0], embeddings[2]) and torch.equal(tokens[1, :4], embeddings[0])
@@ -430,8 +430,6 @@ def test_caption_embeddings_are_ragged():
 
 
 def test_text_by_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
-    import shutil
-
     from conftest import Experiment
 
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
@@ -451,11 +449,22 @@ def test_text_by_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
     )
     assert (tmp_path / "results" / "tiny_clip_ddim_2x3_w4_strip.png").exists()
 
+    moved = shutil.copytree(tiny_clip, tmp_path / "moved")  # it is known by its weights, not by where it lies
+    assert experiment.run("infer", *clip, f"text.model={moved}", "sampling.prompts=[red]") == 0
+    weights = load_file(moved / "model.safetensors")
+    save_file(
+        {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}, moved / "model.safetensors", {"format": "pt"}
+    )
+    capsys.readouterr()
+    assert experiment.run("infer", *clip, f"text.model={moved}", "sampling.prompts=[red]") == 2
+    assert "has other weights than" in capsys.readouterr().err
+    assert experiment.run("create_encodings", *clip, f"text.model={moved}") == 0
+    assert experiment.run("evaluate", *clip, f"text.model={moved}", "evaluation.task=loss", "evaluation.images=8") == 2
+    assert "were embedded by" in capsys.readouterr().err
+
 
 def test_captions_are_embedded_in_parts(trained, tiny_clip, tmp_path, monkeypatch, capsys):
     """Interrupted after two of its three parts, and with another batch: the embeddings are those made at once, in their order."""
-    import shutil
-
     from conftest import Experiment
 
     import create_encodings
@@ -501,6 +510,27 @@ def test_text_reads_the_last_token_that_is_no_padding():
     torch.testing.assert_close(text(tokens, mask).emb, text.to_emb(torch.stack([tokens[0, 1], tokens[1, 3]])))
 
 
+def test_other_labels_than_the_model_was_trained_with_are_refused(conditional):
+    model, _ = model_of(conditional, *CLASSES)
+    encodings = Encodings.load(conditional.run_dir / "encodings.pt")
+    conditions.of_split(model.unet.conditioner, encodings, True, torch.device("cpu"))
+    names = encodings.label_names
+    for changed in ({**names, "glasses": ["yes", "no"]}, {k: v for k, v in names.items() if k != "glasses"}, {}):
+        encodings.label_names = changed
+        with pytest.raises(UserError, match="glasses: (yes|no such label)|hair_colour: no such label"):
+            conditions.of_split(model.unet.conditioner, encodings, True, torch.device("cpu"))
+    model, _ = model_of(conditional, *WORDS)
+    encodings.captions = encodings.held_out_captions = None
+    with pytest.raises(UserError, match="holds no captions"):
+        conditions.of_split(model.unet.conditioner, encodings, True, torch.device("cpu"))
+
+
+def test_guidance_needs_a_null_condition_that_is_trained():
+    with pytest.raises(UserError, match="the null condition to guide away from is never trained"):
+        load_config(None, ["diffusion.condition=class", "diffusion.cfg_dropout=0", "sampling.guidance=2"])
+    load_config(None, ["diffusion.condition=class", "diffusion.cfg_dropout=0"])
+
+
 def test_an_error_names_what_the_user_can_do():
     with pytest.raises(UserError, match="needs text.encoder"):
         load_config(None, ["diffusion.condition=text"])
@@ -508,5 +538,5 @@ def test_an_error_names_what_the_user_can_do():
 
 def test_a_class_called_by_a_number_is_taken_by_its_name():
     assert [conditions._index("class", value, ["1", "10", "2"]) for value in (1, 10, "2", 0)] == [0, 1, 2, 0]
-    every = conditions.requested(load_config(None).sampling, Labels({"class": ["1", "10", "2"]}, 8), torch.device("cpu"))
+    every = conditions.requested(load_config(None), Labels({"class": ["1", "10", "2"]}, 8), torch.device("cpu"))
     assert every.raw[0].tolist() == [[0], [1], [2]]
