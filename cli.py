@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -73,7 +74,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     """Parse argv, do the work, turn what went wrong into one line and an exit code."""
     argv = sys.argv[1:] if argv is None else argv
     global command
-    command = " ".join(["python", Path(sys.modules[work.__module__].__file__).name, *argv])
+    command = shlex.join(["python", Path(sys.modules[work.__module__].__file__).name, *argv])
     if {"--help", "-h"} & set(argv):
         print(help_text(doc))
         return 0

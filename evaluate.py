@@ -19,22 +19,23 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import conditions
 import judging
 import parallel
 import sampler_bench
-from artifacts import require_space, set_aside, write_atomically
+from artifacts import fingerprint, require_space, set_aside, write_atomically
 from config import Config, UserError
 from data import spread, to_float
 from features import frechet, make_features
 from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion, encodings_by, images_of, load_vae
 from models.losses import make_perceptual, perceptual_weights
-from pictures import pairs, save_png
+from pictures import grid, pairs, save_png
 from sources import TRAIN, crop_of
-from training import hardware, parameters_of, pick_device, pick_precision
+from training import commit, hardware, parameters_of, pick_device, pick_precision
 
 
 def evaluate(config: Config, dry_run: bool) -> None:
@@ -50,21 +51,21 @@ def table_of(headings, rows) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows))
 
 
-def make_room(config: Config, name: str) -> None:
-    """A page that another command made is kept under another name."""
-    path = Path(config.results_dir) / f"{name}.md"
-    if path.exists() and f"`{cli.command}`" not in path.read_text(encoding="utf-8"):
+def publish(config: Config, name: str, device: torch.device, of: str, text: str) -> None:
+    """Print a page and write it to results/<name>.md with the command that made it and the weights it is of; a page of another
+    command or of other weights is kept under a number."""
+    path, made_by = Path(config.results_dir) / f"{name}.md", f"`{cli.command}`, {of}"
+    if path.exists() and made_by not in path.read_text(encoding="utf-8"):
         set_aside(path.parent, name, (".md", ".png", "_nearest.png"))
-
-
-def publish(config: Config, name: str, device: torch.device, text: str) -> None:
-    """Print a page and write it to results/<name>.md with the command that made it."""
-    path = Path(config.results_dir) / f"{name}.md"
-    make_room(config, name)
-    page = f"{text}\n\n`{cli.command}` on {hardware(device)}.\n"
+    page = f"{text}\n\n{made_by}, on {hardware(device)}, commit {commit()}.\n"
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     print(text)
     print(f"done: {path}")
+
+
+def weights_of(what: str, weights: str, header: dict) -> str:
+    """For `publish`: which of the trainings under one name a page is of."""
+    return f"{what} of step {header['step']:,} ({weights})"
 
 
 def plan(config: Config, what: str, device: torch.device, dtype: torch.dtype, files: list[str]) -> None:
@@ -89,33 +90,57 @@ def generation(config: Config, dry_run: bool) -> None:
         return
     images = images_of(config, model.vae_header)
     held_out = judging.held_out_pixels(images, e.images)
-    n = len(held_out)  # as many of each: these distances depend on the number
-    training = judging.training_features(config, images, features, e.reference)
-    raw = None
-    if encodings:
-        raw = conditions.of_held_out(model.unet.conditioner, encodings, n, device)
-    made, figures = judging.generated(s, model, raw, n)
-    sets = {"generated": made, "held-out (perfection)": held_out, "held-out, reconstructed": judging.through(model.vae, held_out, e.batch_size, device, dtype)}  # fmt: skip
-    found = {what: features(pixels, e.batch_size) for what, pixels in sets.items()}
-    rows = [judging.Distance.of(what, found[what], training) for what in sets]
-    sheet, near, near_held_out = judging.memorisation(
-        made, found["generated"], found["held-out (perfection)"], images, images.rows(TRAIN, e.reference), training
-    )
-    by = {row.what: row.frechet for row in rows}
-    perfect, vae = by["held-out (perfection)"], by["held-out, reconstructed"]
-    publish(config, f"{name}_generation", device, "\n\n".join([
+    n = len(held_out)  # these distances depend on the number of pictures, so the three that are compared have as many
+    rows = images.rows(TRAIN, e.reference)
+    training = judging.training_features(config, images, features, rows)
+    raw = conditions.of_held_out(model.unet.conditioner, encodings, e.images, device) if encodings else None
+    made, figures = judging.generated(s, model, raw, e.images)
+    reconstructed = judging.through(model.vae, held_out, e.batch_size, device, dtype)
+    found, found_held_out, found_reconstructed = (features(p, e.batch_size) for p in (made, held_out, reconstructed))
+    sets = {
+        "generated": spread(found, n),
+        "held-out (perfection)": found_held_out,
+        "held-out, reconstructed": found_reconstructed,
+        **({"generated, all": found} if len(found) > n else {}),
+    }
+    generated, perfect, vae, *more = table = [judging.Distance.of(what, f, training) for what, f in sets.items()]
+    if config.data.flip:  # mirrored images were trained on too
+        training = torch.cat([training, judging.training_features(config, images, features, rows, mirrored=True)])
+    copies = judging.Memorisation.of(found, found_held_out, training)
+
+    few = ""
+    if n < found.shape[1]:
+        few = (
+            f" {n:,} pictures are fewer than the {found.shape[1]:,} features: most of each Fréchet distance is then bias, alike in all "
+            f"rows, which makes their ratio flatter. KID has no such bias."
+        )
+    paragraphs = [
         f"# Generated images of {config.name}, {config.diffusion_name}: {s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
-        f"Against {len(training):,} training images ({config.data.source}, crop {crop_of(config.data)}, {config.data.image_size} px), in features of **{features.name}**.",
-        f"Drawn under what {min(n, len(encodings.held_out)):,} held-out images show." if raw else "Drawn under no condition.",
-        table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in rows]),
+        f"Against {len(rows):,} of {len(images.rows(TRAIN)):,} training images, not mirrored ({config.data.source}, crop "
+        f"{crop_of(config.data)}, {config.data.image_size} px), in features of **{features.name}**.{few}",
+        f"Drawn under what {min(e.images, len(encodings.held_out)):,} held-out images show."
+        if raw
+        else "Drawn under no condition.",
+        table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in table]),
         f"Latents: generated/training std {figures['std_ratio']:.3f} overall, {figures['worst_channel_ratio']:.3f} in the worst channel; "
         f"{figures['clamped']:.2%} of clean estimates clamped; {figures['out_of_range']:.2%} of pixels out of range.",
-        f"Error budget: of the {by['generated'] - perfect:.1f} that generated images are farther than held-out ones, the VAE costs {vae - perfect:.1f} and the "
-        f"U-Net and its sampler {by['generated'] - vae:.1f}. Generated images score {by['generated'] / perfect:.2f} times what held-out ones score.",
-        f"Memorisation: the median distance to the nearest training image is {near:.2f} for generated and {near_held_out:.2f} for held-out images "
-        f"({name}_generation_nearest.png shows the twelve nearest: generated, then its three neighbours).",
-    ]))  # fmt: skip
-    save_png(sheet, Path(config.results_dir) / f"{name}_generation_nearest.png")
+        f"Error budget: of the {generated.frechet - perfect.frechet:.1f} that generated images are farther than held-out ones, the VAE "
+        f"costs {vae.frechet - perfect.frechet:.1f} and the U-Net and its sampler {generated.frechet - vae.frechet:.1f}. Generated "
+        f"images score {generated.frechet / perfect.frechet:.2f} times what held-out ones score.",
+        f"Memorisation, by the nearest of {len(training):,} training images{' and mirrored ones' if config.data.flip else ''}: median "
+        f"distance {copies.median:.2f} for generated and {copies.median_held_out:.2f} for held-out images; {copies.near:.1%} of the "
+        f"generated lie nearer than {1 - judging.NEAR:.0%} of the held-out ones do ({judging.NEAR:.0%} would if nothing were copied). "
+        f"{name}_generation_nearest.png shows the twelve nearest: generated, then its three neighbours.",
+    ]
+    publish(
+        config, f"{name}_generation", device, weights_of("U-Net", model.fingerprint, model.header), "\n\n".join(paragraphs)
+    )
+    sheet = []
+    for i, neighbours in copies.nearest[:12]:
+        sheet += [made[i], *(images.pixels[rows[j % len(rows)]][:, :: 1 if j < len(rows) else -1] for j in neighbours)]
+    save_png(
+        grid(np.stack(sheet), 3 * (1 + judging.NEIGHBOURS)), Path(config.results_dir) / f"{name}_generation_nearest.png"
+    )
 
 
 def reconstruction(config: Config, dry_run: bool) -> None:
@@ -135,7 +160,7 @@ def reconstruction(config: Config, dry_run: bool) -> None:
     images = images_of(config, header)
     originals = judging.held_out_pixels(images, e.images)
     made = judging.through(vae, originals, e.batch_size, device, dtype)
-    figures = judging.fidelity(made, originals)
+    figures = judging.fidelity(made, originals, e.batch_size)
     rows = [["PSNR", f"{figures['psnr']:.2f} dB"], ["SSIM", f"{figures['ssim']:.4f}"]]
     if perceptual is not None:
         with torch.no_grad():
@@ -146,10 +171,14 @@ def reconstruction(config: Config, dry_run: bool) -> None:
                 for i in range(0, len(made), e.batch_size)
             ]
         rows.append([perceptual.title, f"{float(torch.cat(distances).mean()):.4f}"])
-    rows.append(
-        [f"Fréchet distance to the originals ({features.name})", f"{frechet(features(made), features(originals)):.1f}"]
-    )
-    publish(config, name, device, f"# Reconstructions of {config.name}\n\n{len(originals):,} held-out images at {config.data.image_size} px.\n\n" + table_of(["", ""], rows))  # fmt: skip
+    distance = frechet(*(features(pixels, e.batch_size) for pixels in (made, originals)))
+    rows.append([f"Fréchet distance to the originals ({features.name})", f"{distance:.1f}"])
+    paragraphs = [
+        f"# Reconstructions of {config.name}",
+        f"{len(originals):,} held-out images at {config.data.image_size} px.",
+        table_of(["", ""], rows),
+    ]
+    publish(config, name, device, weights_of("VAE", fingerprint(vae.state_dict()), header), "\n\n".join(paragraphs))
     save_png(pairs(originals[:32], made[:32]), Path(config.results_dir) / f"{name}.png")
 
 
@@ -169,7 +198,8 @@ def latents(config: Config, dry_run: bool) -> None:
         e.batch_size,
         device,
     )
-    publish(config, name, device, "\n".join([f"# Latents of {config.name}", "", *card.lines, "", f"**{card.verdict}**"]))
+    lines = [f"# Latents of {config.name}", "", *card.lines, "", f"**{card.verdict}**"]
+    publish(config, name, device, weights_of("VAE", fingerprint(vae.state_dict()), header), "\n".join(lines))
 
 
 def loss(config: Config, dry_run: bool) -> None:
@@ -188,14 +218,16 @@ def loss(config: Config, dry_run: bool) -> None:
     rows = [
         [f"{middle:+d}", f"{first} … {last}", f"{error:.4f}", f"{ratio:.3f}"] for middle, first, last, error, ratio in found
     ]
-    rows.append(["mean", "", *(f"{sum(row[i] for row in found) / len(found):.{digits}f}" for i, digits in ((3, 4), (4, 3)))])
-    publish(config, name, device, "\n\n".join([
+    means = (f"{sum(row[i] for row in found) / len(found):.{digits}f}" for i, digits in ((3, 4), (4, 3)))
+    rows.append([f"mean of {found[0][0]:+d} … {found[-1][0]:+d}", "", *means])
+    paragraphs = [
         f"# Error by signal-to-noise ratio: {config.name}, {model.header['schedule']}, predicts {model.header['prediction']}",
-        f"{len(z):,} held-out latents. Beside the squared error of the clean estimate, its ratio to that of the best guess that knows only that latents "
-        f"have unit variance: 1 is no better than that guess. A row is a unit of the signal-to-noise ratio's logarithm, and so rows can be compared between "
-        f"schedules and predictions.",
+        f"{len(z):,} held-out latents. Beside the squared error of the clean estimate, its ratio to that of the best guess that knows only "
+        f"that latents have unit variance: 1 is no better than that guess. A row is a unit of the signal-to-noise ratio's logarithm, and so "
+        f"rows can be compared between schedules and predictions; means only where they are of the same rows.",
         table_of(["log(alpha/sigma)", "t", "squared error of z0", "of the guess's"], rows),
-    ]))  # fmt: skip
+    ]
+    publish(config, name, device, weights_of("U-Net", model.fingerprint, model.header), "\n\n".join(paragraphs))
 
 
 def samplers(config: Config, dry_run: bool) -> None:
@@ -220,14 +252,15 @@ def samplers(config: Config, dry_run: bool) -> None:
         return
     rows, lowest = sampler_bench.bench(config, model, encodings)
     verdict = sampler_bench.advice(rows)
-    publish(config, name, device, "\n\n".join([
+    paragraphs = [
         f"# Samplers on {config.name}, {model.header['schedule']} schedule",
         f"{what}, in {str(dtype)[6:]}." + (" Drawn under what held-out images show." if model.unet.conditioner else ""),
-        f"*to the ODE*: RMS distance, in units of the latents' std, to {sampler_bench.REFERENCE} at {max(e.steps)} steps. *distance*: sliced Wasserstein "
-        f"distance to the {len(encodings.held_out):,} held-out latents; as many training latents score {lowest:.4f}.",
+        f"*to the ODE*: RMS distance, in units of the latents' std, to {sampler_bench.REFERENCE} at {max(e.steps)} steps. *distance*: sliced "
+        f"Wasserstein distance to the {len(encodings.held_out):,} held-out latents; as many training latents score {lowest:.4f}.",
         table_of(sampler_bench.HEADINGS, map(sampler_bench.cells_of, sorted(rows, key=lambda row: row.steps))),
         f"**{verdict}**",
-    ]))  # fmt: skip
+    ]
+    publish(config, name, device, weights_of("U-Net", model.fingerprint, model.header), "\n\n".join(paragraphs))
     plot = Path(config.results_dir) / f"{name}.png"
     sampler_bench.save_plot(plot, rows, lowest, f"{config.name}, {model.header['schedule']}, {e.images:,} images")
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from artifacts import first_line
 from config import UserError
+from data import spread
 
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-SUBSETS, SUBSET_SIZE = 100, 100  # of KID
+SUBSETS, SUBSET_SIZE = 100, 1000  # of KID (Bińkowski et al. 2018)
 
 
 @dataclass
@@ -28,11 +29,14 @@ class Features:
     device: torch.device
 
     @torch.no_grad()
-    def __call__(self, pixels: np.ndarray, batch_size: int = 128) -> Tensor:
-        """uint8 (N, H, W, 3) -> (N, D) on the CPU."""
-        found = []
-        for part in torch.from_numpy(np.ascontiguousarray(pixels)).split(batch_size):
-            found.append(self.of(part.permute(0, 3, 1, 2).to(self.device)).float().cpu())
+    def __call__(
+        self, pixels: np.ndarray, batch_size: int, rows: np.ndarray | None = None, mirrored: bool = False
+    ) -> Tensor:
+        """uint8 (N, H, W, 3), all of them or those at `rows` -> (N, D) on the CPU. No more than a batch is read at once."""
+        rows, found = np.arange(len(pixels)) if rows is None else rows, []
+        for start in range(0, len(rows), batch_size):
+            part = torch.from_numpy(pixels[rows[start : start + batch_size]]).permute(0, 3, 1, 2).to(self.device)
+            found.append(self.of(part.flip(3) if mirrored else part).float().cpu())
         return torch.cat(found)
 
 
@@ -58,6 +62,8 @@ def make_features(name: str, weights: str | None, device: torch.device) -> Featu
 def _inception(weights: str | None, device: torch.device) -> Features:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    if weights is not None:
+        torch.load(weights, weights_only=True)  # torch-fidelity itself would execute what a hostile file holds
     net = (
         FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
         .to(device)
@@ -121,18 +127,23 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Kernel distance (Bińkowski et al. 2018) and its standard deviation over subsets of at most SUBSET_SIZE pictures (theirs are
-    of 1,000). Unbiased: it may be a little below 0."""
+    """Kernel distance (Bińkowski et al. 2018) and its standard deviation over subsets of half the pictures, at most SUBSET_SIZE.
+    Unbiased: it may be a little below 0."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    size = min(SUBSET_SIZE, len(a), len(b))
+    size = min(SUBSET_SIZE, len(a) // 2, len(b) // 2)
     found = kid_features_to_metric(a.double(), b.double(), kid_subsets=SUBSETS, kid_subset_size=size, verbose=False)
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """Share of generated pictures near a real one, and of real ones near a generated one (Kynkäänniemi et al. 2019)."""
+    """Share of generated pictures near a real one, and of real ones near a generated one (Kynkäänniemi et al. 2019), of as many real
+    ones, spread over all, as there are generated ones."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    found = prc_features_to_metric(generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=10_000, verbose=False)
+    real = spread(real, len(generated))
+    # In parts, or all distances between real ones would be held at once.
+    found = prc_features_to_metric(
+        generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=1000, save_cpu_ram=True, verbose=False
+    )
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]

@@ -10,7 +10,6 @@ if __name__ == "__main__":
     cli.answer_early(__doc__)
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from drawing import Drawn, Wanted, draw
 from latent_diffusion import LatentDiffusion
 from pictures import grid, save_gif, save_png
 from starts import Given
-from training import hardware, parameters_of, pick_device, pick_precision
+from training import commit, hardware, parameters_of, pick_device, pick_precision
 
 STRIP_IMAGES = 8
 
@@ -121,15 +120,6 @@ def of_other_settings(path: Path, config: Config) -> bool:
         return path.with_suffix("").exists()
     except (OSError, AttributeError, KeyError, ValueError):
         return True  # not a grid of ours
-
-
-def commit() -> str:
-    """The commit of this checkout, or nothing where git does not answer."""
-    try:
-        asked = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,13 +19,13 @@ from latent_diffusion import LatentDiffusion
 from models.conditioning import Raw
 from models.latents import Normaliser
 from models.vae import VAE
-from pictures import grid
 from sampling import make_denoiser
-from sources import HELD_OUT, TEST, TRAIN
+from sources import HELD_OUT, TEST
 from training import autocast
 
 DEAD_STD, TAIL_KURTOSIS, ENOUGH_PSNR = 0.1, 10.0, 24.0  # what makes the latent card say NO-GO
 NEIGHBOURS = 3  # training images shown beside a generated one
+NEAR = 0.01  # of held-out pictures: nearer to a training image than the others
 
 
 # Pictures
@@ -57,27 +57,31 @@ def generated(s: Sampling, model: LatentDiffusion, raw: Raw | None, n: int) -> t
     return pixels, drawn.calibration(model.normaliser, pixels.size)
 
 
-def training_features(config: Config, images: Images, features: Features, at_most: int) -> Tensor:
-    """Of training images spread evenly over all, kept beside the image cache by fingerprint and network."""
-    rows = images.rows(TRAIN, at_most)
+def training_features(
+    config: Config, images: Images, features: Features, rows: np.ndarray, mirrored: bool = False
+) -> Tensor:
+    """(len(rows), D), kept beside the image cache by fingerprint and network."""
     weights = config.evaluation.weights
     digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights else "download"
-    key = hashlib.sha256(
-        f"{images.fingerprint} {features.name} {digest} {len(rows)} {images.pixels.shape}".encode()
-    ).hexdigest()[:16]
-    path = Path(config.runs_dir) / "cache" / f"features-{key}.pt"
+    what = (
+        f"{images.fingerprint} {features.name} {digest} {len(rows)} {images.pixels.shape}{' mirrored' if mirrored else ''}"
+    )
+    path = Path(config.runs_dir) / "cache" / f"features-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
     if not path.exists():
-        save_plain(path, {"features": features(images.pixels[rows])})
+        save_plain(path, {"features": features(images.pixels, config.evaluation.batch_size, rows, mirrored)})
     return load_plain(path, f"remove {path}")["features"]
 
 
-def fidelity(pixels: np.ndarray, original: np.ndarray) -> dict[str, float]:
-    """PSNR (dB) and SSIM of reconstructions, averaged over images."""
-    x, y = (torch.from_numpy(np.ascontiguousarray(p)).permute(0, 3, 1, 2).float() for p in (original, pixels))
-    return dict(
-        psnr=float(peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean")),
-        ssim=float(structural_similarity_index_measure(y, x, data_range=255.0)),
-    )
+def fidelity(pixels: np.ndarray, original: np.ndarray, batch_size: int) -> dict[str, float]:
+    """PSNR (dB) and SSIM of reconstructions (N, H, W, 3) uint8, averaged over images."""
+    sums = {"psnr": 0.0, "ssim": 0.0}
+    for start in range(0, len(pixels), batch_size):
+        part = slice(start, start + batch_size)
+        x, y = (torch.from_numpy(np.ascontiguousarray(p[part])).permute(0, 3, 1, 2).float() for p in (original, pixels))
+        psnr = peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="sum")
+        sums["psnr"] += float(psnr)
+        sums["ssim"] += float(structural_similarity_index_measure(y, x, data_range=255.0)) * len(x)
+    return {name: total / len(pixels) for name, total in sums.items()}
 
 
 @dataclass
@@ -103,15 +107,31 @@ class Distance:
 DISTANCE_HEADINGS = ("pictures", "N", "Fréchet distance", "KID · 1000", "precision", "recall")
 
 
-def memorisation(pixels: np.ndarray, found: Tensor, held_out: Tensor, images: Images, rows: np.ndarray, training: Tensor):
-    """The generated images that lie nearest to a training image, each beside its nearest ones (a PIL picture), and the median
-    distance to the nearest training image: of generated and of held-out ones. Copies would lie far nearer than held-out ones."""
-    distances = torch.cdist(found, training)
-    nearest = distances.topk(NEIGHBOURS, largest=False)
-    worst = nearest.values[:, 0].argsort()[:12].tolist()
-    sheet = [p for i in worst for p in (pixels[i], *(images.pixels[rows[j]] for j in nearest.indices[i].tolist()))]
-    median_held_out = float(torch.cdist(held_out, training).min(dim=1).values.median())
-    return grid(np.stack(sheet), 3 * (1 + NEIGHBOURS)), float(nearest.values[:, 0].median()), median_held_out
+@dataclass
+class Memorisation:
+    """How near generated pictures lie to training images, in features."""
+
+    nearest: list[tuple[int, list[int]]]  # generated pictures, those nearest to a training image first, with its NEIGHBOURS
+    median: float
+    median_held_out: float
+    near: (
+        float  # share of generated pictures that lie nearer than all but NEAR of held-out ones: NEAR where nothing is copied
+    )
+
+    @classmethod
+    def of(cls, found: Tensor, held_out: Tensor, training: Tensor) -> "Memorisation":
+        """From features (N, D), (M, D) and (T, D)."""
+
+        def to_training(features: Tensor) -> tuple[Tensor, Tensor]:
+            parts = [torch.cdist(part, training).topk(NEIGHBOURS, largest=False) for part in features.split(256)]
+            return torch.cat([p.values[:, 0] for p in parts]), torch.cat([p.indices for p in parts])
+
+        distances, neighbours = to_training(found)
+        distances_held_out, _ = to_training(held_out)
+        near = float((distances < distances_held_out.quantile(NEAR)).float().mean())
+        order = distances.argsort().tolist()
+        medians = (float(d.median()) for d in (distances, distances_held_out))
+        return cls([(i, neighbours[i].tolist()) for i in order], *medians, near)
 
 
 # Latents
@@ -142,7 +162,7 @@ def latent_card(
     @torch.no_grad()
     def psnr_of(z: Tensor) -> float:
         decoded = [to_uint8(vae.decode(n.denormalise(part))) for part in z.split(batch_size)]
-        return fidelity(np.concatenate(decoded), originals)["psnr"]
+        return fidelity(np.concatenate(decoded), originals, batch_size)["psnr"]
 
     z, nats = encode()
     ceiling = psnr_of(z)
@@ -200,6 +220,8 @@ def loss_by_snr(
         if lambdas[0] < middle + 0.5 or lambdas[-1] > middle - 0.5:
             continue
         inside = every[(lambdas - middle).abs() <= 0.5]
+        if not len(inside):  # few timesteps
+            continue
         wanted = torch.linspace(middle + 0.5, middle - 0.5, len(z), dtype=torch.float64)
         t = inside[(lambdas[inside] - wanted[:, None]).abs().argmin(dim=1)]
         eps = torch.randn(z.shape, generator=generator).to(z.device)

@@ -22,7 +22,7 @@ from training import autocast, compile_networks
 class LatentDiffusion:
     """The EMA weights of both networks on a device. Raises UserError for files that are missing, damaged or do not fit.
 
-    header   of unet.safetensors: schedule, prediction, how far it was trained;  vae_header  of vae.safetensors
+    header   of unet.safetensors: schedule, prediction, how far it was trained;  fingerprint  of its tensors;  vae_header  of vae.safetensors
     shape    (C, h, w) of a latent;  image_size  pixels
     """
 
@@ -46,6 +46,7 @@ class LatentDiffusion:
             self.schedule = make_schedule(self.header["schedule"], self.header["timesteps"])
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is not as this version writes it ({error!r}): train it again") from None
+        self.fingerprint = fingerprint(self.unet.state_dict())
         self.weaker = self._load_weaker(config.sampling)
         if (
             config.compile is True

@@ -74,7 +74,11 @@ def bench(config: Config, model: LatentDiffusion, encodings: Encodings) -> tuple
             moments.add(z)  # reads z: the clock stops with the work done
             seconds = time.monotonic() - started
             reference = z if reference is None else reference
-            to_ode = float((z - reference).square().mean().sqrt()) if name in DETERMINISTIC and s.eta == 0 else None
+            to_ode = (
+                float((z - reference).square().mean().sqrt())
+                if name in DETERMINISTIC and not (name == "ddim" and s.eta > 0)
+                else None
+            )
             std_ratio = moments.overall_std() / model.normaliser.overall_std()
             rows.append(Row(name, steps, calls(name, steps), to_ode, std_ratio, sliced_wasserstein(z, held_out), seconds))
             tqdm.write(line_of(rows[-1]))
@@ -107,17 +111,20 @@ def advice(rows: list[Row]) -> str:
     close = [r for r in rows if r is not best and r.distance <= CLOSE * best.distance and r.calls < best.calls]
     calibrated = [r for r in close if STD_RANGE[0] <= r.std_ratio <= STD_RANGE[1]]
     if not close:
-        nearest = min((r for r in rows if r is not best), key=lambda r: r.distance, default=best)
-        return f"advice: nothing cheaper comes within {CLOSE - 1:.0%} of {named}; nearest is {say(nearest, best)}"
+        nearest = min((r for r in rows if r.calls < best.calls), key=lambda r: r.distance, default=None)
+        return f"advice: nothing cheaper comes within {CLOSE - 1:.0%} of {named}" + (
+            f"; nearest is {say(nearest, best)}" if nearest else ""
+        )
     chosen = min(calibrated or close, key=lambda r: (r.calls, r.distance))
     hint = "" if calibrated else f" (no std ratio lies in {STD_RANGE[0]} … {STD_RANGE[1]}: {named} has {best.std_ratio:.3f})"
     return f"advice: {say(chosen, best)}{hint}"
 
 
 def say(row: Row, best: Row) -> str:
+    more = row.distance / best.distance - 1
     return (
-        f"{row.sampler}, {row.steps} steps: {row.distance / best.distance - 1:+.1%} of the distance of {best.sampler} with "
-        f"{best.calls} evaluations at 1/{best.seconds / max(row.seconds, 1e-9):.0f} of its time, std ratio {row.std_ratio:.3f}"
+        f"{row.sampler}, {row.steps} steps: a distance {abs(more):.1%} {'above' if more > 0 else 'below'} that of {best.sampler} with "
+        f"{best.calls} evaluations, in {row.seconds / max(best.seconds, 1e-9):.1%} of its time, std ratio {row.std_ratio:.3f}"
     )
 
 

@@ -5,6 +5,8 @@ import functools
 import math
 import os
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -128,3 +130,16 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit of this checkout, with -dirty where its files differ (but for results/), or nothing where git does not answer."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    try:
+        at = git("rev-parse", "--short", "HEAD").stdout.strip()
+        return at + ("-dirty" if at and git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode else "")
+    except OSError:
+        return ""

@@ -22,9 +22,10 @@ ANCESTRAL = Row("ancestral", 1000, 991, None, 0.99, 0.100, 100.0)
 
 
 @pytest.mark.parametrize("rows, expected", [
-    ([Row("ddim", 50, 50, 0.1, 0.98, 0.104, 5.0), Row("unipc", 20, 20, 0.1, 0.99, 0.103, 2.0)], "unipc, 20 steps: +3.0% of the distance of ancestral"),
+    ([Row("ddim", 50, 50, 0.1, 0.98, 0.104, 5.0), Row("unipc", 20, 20, 0.1, 0.99, 0.103, 2.0)], "unipc, 20 steps: a distance 3.0% above that of ancestral with 991 evaluations, in 2.0% of its time"),
     ([Row("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0), Row("unipc", 50, 50, 0.1, 0.99, 0.103, 5.0)], "unipc, 50 steps"),  # calibrated first
     ([Row("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0)], "no std ratio lies in 0.97"),
+    ([Row("heun", 1000, 1981, 0.1, 0.95, 0.101, 200.0)], "nothing cheaper comes within 5% of ancestral with 991 evaluations"),
     ([Row("ddim", 20, 20, 0.1, 0.95, 0.2, 2.0)], "nothing cheaper comes within 5% of ancestral with 991 evaluations; nearest is ddim"),
 ])  # fmt: skip
 def test_advice(rows, expected):

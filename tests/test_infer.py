@@ -59,6 +59,15 @@ def test_a_grid_of_other_settings_is_kept(trained, capsys):
     assert not path.with_name(f"{path.stem}-4.png").exists()
 
 
+def test_the_command_inside_a_grid_can_be_pasted(trained):
+    import shlex
+
+    argv = trained.argv("sampling.rows=1", "sampling.cols=2", "diffusion.sample_images=4", "diffusion.labels=['hair colour', it's]")
+    assert __import__("infer").main(argv) == 0
+    text = Image.open(results(trained, "ddim_1x2")).text
+    assert shlex.split(text["command"]) == ["python", "infer.py", *argv] and len(text["commit"]) >= 7
+
+
 def test_slerp_goes_from_one_seed_to_the_other(trained):
     for options in ("sampling.slerp_to=5", "sampling.seed=0", "sampling.seed=5"):
         assert trained.run("infer", "sampling.rows=2", "sampling.cols=3", options) == 0

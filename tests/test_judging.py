@@ -64,11 +64,11 @@ def test_keras_weights_are_padded_as_keras_does(mobilenet):
     """A strided 3x3 convolution of Keras pads right and below: its output at (0, 0) sees pixels 0 … 2, torch's sees 0 … 1."""
     kinds = [make_features(name, str(mobilenet), CPU) for name in ("mobilenet_v2", "mobilenet_v2_keras")]
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    found = [f(pixels) for f in kinds]
+    found = [f(pixels, 3) for f in kinds]
     assert all(f.shape == (3, 1280) for f in found)
     assert not torch.allclose(*(f / f.max() for f in found), atol=0.01)  # random weights give tiny features
     assert kinds[0].name != kinds[1].name
-    torch.testing.assert_close(kinds[0](pixels[1:2]), found[0][1:2], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(kinds[0](pixels[1:2], 1), found[0][1:2], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, weights, message", [
@@ -82,17 +82,20 @@ def test_missing_feature_weights(name, weights, message):
 
 
 def test_memorisation_finds_a_copy():
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
-    made = rng.integers(0, 256, (15, 4, 4, 3), dtype=np.uint8)
-    made[7] = pixels[20]
-    flat = lambda p: torch.from_numpy(p.reshape(len(p), -1)).float()  # noqa: E731
-    images, rows = types.SimpleNamespace(pixels=pixels), np.arange(30)
-    sheet, near, near_held_out = judging.memorisation(made, flat(made), flat(made[:5]), images, rows, flat(pixels))
-    first = np.asarray(sheet)[:4]
+    """Generated picture 7 is training picture 20: it comes first, and one of 15 lies nearer than held-out ones do, which the
+    medians do not show."""
+    training, made, held_out = normal(30, seed=1).float(), normal(15, seed=2).float(), normal(40, seed=3).float()
+    made[7] = training[20]
+    found = judging.Memorisation.of(made, held_out, training)
+    first, neighbours = found.nearest[0]
+    assert (first, neighbours[0]) == (7, 20) and len(neighbours) == judging.NEIGHBOURS and found.near >= 1 / 15
+    distances = torch.cdist(made, training).min(dim=1).values
     assert (
-        np.array_equal(first[:, :4], pixels[20]) and np.array_equal(first[:, 6:10], pixels[20]) and near > 0 < near_held_out
+        found.median == pytest.approx(float(distances.median()))
+        and [i for i, _ in found.nearest] == distances.argsort().tolist()
     )
+    none = judging.Memorisation.of(held_out, held_out, training)
+    assert none.near == pytest.approx(judging.NEAR, abs=1 / 40) and none.median == none.median_held_out
 
 
 # Latents and loss
@@ -135,6 +138,7 @@ def test_knowing_only_the_variance_scores_one(schedule, prediction):
     z = torch.randn(200, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     found = judging.loss_by_snr(model, z, None, 64)
     # scaled_linear goes from 3.53 to -2.68 only
+    assert judging.loss_by_snr(types.SimpleNamespace(**{**vars(model), "schedule": make_schedule(schedule, 5)}), z, None, 64)
     assert [row[0] for row in found] == list(range(4, -5, -1) if schedule != "scaled_linear" else range(3, -3, -1))
     assert [row[4] for row in found] == pytest.approx([1.0] * len(found), abs=0.03)
     for middle, first, last, *_ in found:
@@ -165,7 +169,7 @@ def test_tasks(trained, mobilenet, capsys, task, files):
     assert all((trained.folder / "results" / file).exists() for file in files)
     if task == "generation":
         assert "MobileNetV2" in page and "held-out (perfection) | 8 |" in page and "Error budget" in page
-        assert len(list((trained.folder / "runs" / "cache").glob("features-*.pt"))) == 1
+        assert len(list((trained.folder / "runs" / "cache").glob("features-*.pt"))) == 2  # and of mirrored images
     if task == "reconstruction":
         from data import load_images
         from settings import load_config
@@ -184,14 +188,61 @@ def test_too_few_held_out_images(trained, capsys, mobilenet, monkeypatch):
 def test_features_keep_their_order():
     features = Features("mean", lambda x: x.float().mean(dim=(2, 3)), CPU)
     pixels = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
-    assert features(pixels, batch_size=3)[:, 0].tolist() == list(range(10))
+    assert features(pixels, 3)[:, 0].tolist() == list(range(10))
+    assert features(pixels, 2, rows=np.array([7, 1, 4])).tolist() == [[7.0] * 3, [1.0] * 3, [4.0] * 3]
+    left = Features("the left column", lambda x: x[..., 0].float().mean(dim=2), CPU)
+    pixels[:, :, -1] = 100
+    assert (
+        left(pixels, 3)[:, 0].tolist() == list(range(10)) and left(pixels, 3, mirrored=True)[:, 0].tolist() == [100.0] * 10
+    )
+
+
+def test_inception_takes_pictures_as_they_are(tmp_path):
+    """torch-fidelity's network from a local file, here of random weights: features of (N, 3, H, W) bytes; no hostile file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            return super().load_state_dict({**self.state_dict(), **state})
+
+    path = tmp_path / "inception.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    torch.save(Unloaded("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)).state_dict(), path)
+    features = make_features("inception", str(path), CPU)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    found = features(pixels, 2)
+    assert found.shape == (3, 2048) and features.name == "Inception" and found.std() > 0
+    torch.testing.assert_close(features(pixels[2:], 1), found[2:], rtol=1e-3, atol=1e-5)
+    torch.save({"weights": Features}, path)
+    with pytest.raises(UserError, match="its weights cannot be loaded"):
+        make_features("inception", str(path), CPU)
+
+
+def test_too_many_generated_for_the_held_out_ones(trained, mobilenet):
+    """Distances are compared at the number of held-out pictures; those of all generated ones stand in a row of their own."""
+    argv = (
+        "evaluation.task=generation",
+        "evaluation.features=mobilenet_v2",
+        f"evaluation.weights={mobilenet}",
+        "evaluation.images=30",
+    )
+    assert trained.run("evaluate", *argv) == 0
+    page = (trained.folder / "results" / "tiny_cosine_ddim4_generation.md").read_text()
+    held_out = int(page.split("held-out (perfection) | ")[1].split(" |")[0])
+    assert held_out < 30 and f"| generated | {held_out} |" in page and "| generated, all | 30 |" in page
+    assert (
+        f"{held_out} pictures are fewer than the 1,280 features" in page and "96 training images and mirrored ones" in page
+    )
 
 
 def test_the_judge_and_the_log_of_training_agree(trained):
     config = load_config(str(trained.config), trained.argv()[1:])
     vae, header = load_vae(config, CPU)
     originals = judging.held_out_pixels(images_of(config, header), 100)
-    figures = judging.fidelity(judging.through(vae, originals, 8, CPU, torch.float32), originals)
+    made = judging.through(vae, originals, 8, CPU, torch.float32)
+    figures = judging.fidelity(made, originals, 3)
+    assert figures == pytest.approx(judging.fidelity(made, originals, 100), rel=1e-5)
     logged = json.loads((trained.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
     assert logged["held_out/psnr"] == pytest.approx(figures["psnr"], abs=0.05)
     assert logged["held_out/ssim"] == pytest.approx(figures["ssim"], abs=0.003)
