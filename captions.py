@@ -27,17 +27,13 @@ def beside(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
         return captions, splits, stamps
     named = {image: str(PurePosixPath(image).with_suffix(".txt")) for image in files.images}
     found = {image: text for image, text in named.items() if text in files.stamps}
-    captions = {image: _lines(files.read(text)) for image, text in found.items()}
+    captions = {image: _lines(files.read_text(text)) for image, text in found.items()}
     return captions, {}, [[text, files.stamps[text]] for text in found.values()]
 
 
 def _from_jsonl(files, name: str) -> tuple[dict[str, list[str]], dict[str, int]]:
     folder, images, captions, splits, missing = PurePosixPath(name).parent, set(files.images), {}, {}, []
-    try:
-        # Not splitlines: JSON may hold other separators inside a string.
-        lines = files.read(name).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.path: {name} is not UTF-8 ({error})") from None
+    lines = files.read_text(name).split("\n")  # not splitlines: JSON may hold other separators inside a string
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -67,8 +63,8 @@ def _refuse(missing: list[str], name: str) -> None:
         raise UserError(f"data.path: {name} has captions for {missing[0]}{others} not there")
 
 
-def _lines(content: bytes) -> list[str]:
-    return [" ".join(line.split()) for line in content.decode("utf-8", errors="replace").splitlines() if line.strip()]
+def _lines(content: str) -> list[str]:
+    return [" ".join(line.split()) for line in content.splitlines() if line.strip()]
 
 
 def coco(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
@@ -82,7 +78,7 @@ def coco(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
     for name in annotations:
         kind = Path(name).stem.removeprefix("captions_")  # train2017
         try:
-            content = json.loads(files.read(name))
+            content = json.loads(files.read_text(name))
             names = {image["id"]: f"{kind}/{image['file_name']}" for image in content["images"]}
             texts: dict[str, list[str]] = {}
             for annotation in content["annotations"]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clip import ClipText
-from config import Config, UserError
+from config import Config, Sampling, UserError
 from data import spread
 from latent_cache import CaptionEmbeddings, Encodings
 from models.conditioning import Conditioner, Labels, Raw, Text, Words, words_of
@@ -160,7 +161,8 @@ class Requests:
 def requested(config: Config, conditioner: Conditioner | None, device: torch.device) -> Requests:
     """Read sampling.labels or sampling.prompts for this model. Raises UserError for what it does not know.
 
-    Without either: every class in turn where there is one kind of label, else the null condition, as an untitled row.
+    Without either: every class in turn where there is one kind of label (of more than sampling.rows, so many at even distances), else
+    the null condition, as an untitled row.
     """
     s = config.sampling
     if conditioner is None:
@@ -171,7 +173,7 @@ def requested(config: Config, conditioner: Conditioner | None, device: torch.dev
     if isinstance(conditioner, Labels):
         if s.prompts is not None:
             raise UserError("sampling.prompts: this model was trained on labels, not on captions; use sampling.labels")
-        return _asked_by_label(s.labels, conditioner, device)
+        return _asked_by_label(s, conditioner, device)
     if s.labels is not None:
         raise UserError("sampling.labels: this model was trained on captions, not on labels; use sampling.prompts")
     prompts = s.prompts if s.prompts is not None else [""]
@@ -193,10 +195,10 @@ def requested(config: Config, conditioner: Conditioner | None, device: torch.dev
     return Requests(titles, embeddings.take(torch.arange(len(prompts)), device), warnings)
 
 
-def _asked_by_label(asked: list | None, conditioner: Labels, device) -> Requests:
-    names = conditioner.names
+def _asked_by_label(s: Sampling, conditioner: Labels, device) -> Requests:
+    names, asked = conditioner.names, s.labels
     if asked is None and len(names) == 1:
-        asked = list(next(iter(names.values())))
+        asked = spread(np.array(next(iter(names.values())), dtype=object), s.rows).tolist()
     if asked is None:
         return Requests([], (conditioner.null[None].to(device),))
     rows, titles = [], []

@@ -205,21 +205,21 @@ class Sampling(Section):
     )
     labels: Optional[Annotated[list[Union[bool, int, str, dict[str, Union[bool, int, str]]]], Field(min_length=1)]] = key(
         None,
-        "a row of pictures for each: [0, cat] where there is one kind of label, [{hat: beanie, glasses: yes}] where there are more; default: every class",
+        "a row of pictures for each: [0, cat] where there is one kind of label, "
+        "[{hat: beanie, glasses: yes}] where there are more; default: every class, at most sampling.rows of them",
     )
     prompts: Optional[Annotated[list[str], Field(min_length=1)]] = key(None, "a row of pictures for each caption")
     slerp_to: Optional[Seed] = key(None, "another seed: each row goes from an image of `seed` to one of this seed")
     image: Optional[PathText] = key(None, "a picture to start from (image-to-image), of the model's size")
-    strength: Annotated[float, Field(gt=0.0, le=1.0)] = key(
-        0.6, "share of the steps made from sampling.image; 1 forgets all of it but what a mask keeps"
+    strength: Optional[Annotated[float, Field(gt=0.0, le=1.0)]] = key(
+        None,
+        "share of the steps made from sampling.image; 1 forgets all of it but what a mask keeps; default: 0.6, with a mask 1",
     )
-    mask: Optional[PathText] = key(
-        None, "inpainting: a picture, white where sampling.image is to be drawn anew; use strength=1"
-    )
-    rows: PositiveInt = key(10, "rows of the grid")
+    mask: Optional[PathText] = key(None, "inpainting: a picture, white where sampling.image is to be drawn anew")
+    rows: PositiveInt = key(10, "rows of the grid; where labels or prompts are given, there is one for each")
     cols: PositiveInt = key(10, "columns of the grid")
     images: Optional[PositiveInt] = key(
-        None, "how many images in all (default rows·cols); those past the grid are only saved as single files"
+        None, "how many images to draw, by default rows·cols; more than fit the grid need single_files"
     )
     batch_size: PositiveInt = key(100, "images per network pass")
     precision: Literal["auto", "float32", "bfloat16"] = key(
@@ -336,6 +336,10 @@ class Config(Section):
         idle = [name for name, value in aside.items() if value is not None] if s.guidance == 1 else []
         if idle:
             raise ValueError(f"sampling.{idle[0]} has no effect with sampling.guidance=1, which is off: set it, to 2 say")
+        if self.vae.adversarial.weight > 0 and self.data.image_size < 24:
+            raise ValueError(
+                f"vae.adversarial: its patches need pictures of 24 pixels or more, not data.image_size={self.data.image_size}"
+            )
         if s.mask is not None and s.image is None:
             raise ValueError("sampling.mask needs a sampling.image")
         if s.slerp_to is not None and s.image is not None:

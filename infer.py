@@ -21,7 +21,7 @@ import parallel
 from artifacts import require_space, set_aside
 from calibration import advice
 from conditions import requested
-from config import Config, Sampling
+from config import Config, Sampling, UserError
 from data import to_uint8
 from drawing import Drawn, Wanted, draw
 from latent_diffusion import LatentDiffusion
@@ -41,10 +41,14 @@ def infer(config: Config, dry_run: bool) -> None:
     requests = requested(config, model.unet.conditioner, device)
     rows = len(requests) if requests.titles else s.rows  # a row of pictures for each request
     count = s.images or rows * s.cols
+    if count > rows * s.cols and not s.single_files:
+        raise UserError(
+            f"sampling.images: {count} are more than the grid of {rows}x{s.cols} shows: use sampling.single_files=true, or a larger grid"
+        )
     name = f"{config.name}_{config.diffusion_name}_{s.sampler}_{rows}x{s.cols}{suffix(s)}"
     results = Path(config.results_dir)
     require_space(results, (rows * s.cols + (count if s.single_files else 0)) * 3 * model.image_size**2)
-    strength = s.strength if given else 1.0
+    strength = (s.strength or (1.0 if s.mask else 0.6)) if given else 1.0
     walked = len(model.steps_of(s, strength))
 
     print(

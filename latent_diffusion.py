@@ -12,7 +12,7 @@ from inference import Forward, Graphed, cast_weights
 from latent_cache import Encodings
 from models.conditioning import Raw
 from models.latents import Normaliser
-from models.schedules import make_schedule
+from models.schedules import PREDICTIONS, make_schedule
 from models.unet import UNet
 from models.vae import VAE
 from sampling import Denoise, Threshold, guided, make_denoiser, timesteps
@@ -44,6 +44,8 @@ class LatentDiffusion:
         try:
             self.normaliser = Normaliser.from_state_dict(extra, "normaliser.").to(device)
             self.schedule = make_schedule(self.header["schedule"], self.header["timesteps"])
+            if self.header["prediction"] not in PREDICTIONS:
+                raise ValueError(f"prediction {self.header['prediction']!r}")
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is not as this version writes it ({error!r}): train it again") from None
         self.fingerprint = fingerprint(self.unet.state_dict())

@@ -84,7 +84,7 @@ class Run:
         self._restart_stopwatch()
         self._sums: dict[str, Tensor] = {}  # of figures since the last report, on the device
         self._parts: list[dict[str, Tensor]] = []  # figures of this step's micro-batches
-        self._summed = 0
+        self._counts: dict[str, int] = {}  # of steps that had each figure
         # (step, timestep) of the first loss that was not finite, on the device: reading it every step would wait for it.
         self._bad = torch.full((2,), -1, device=next(net.parameters()).device)
         self._signal: int | None = None
@@ -184,12 +184,12 @@ class Run:
         self._forget_gradients()
         self.ema.update(self.step)
         self._watch(norm)
-        self._sums["grad_norm"] = self._sums.get("grad_norm", 0.0) + norm.detach().float()
-        for part in self._parts:
-            for name, value in part.items():
+        for figures in [{"grad_norm": norm.detach().float()}, *self._parts]:
+            for name, value in figures.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
+        for name in {"grad_norm", *(name for figures in self._parts for name in figures)}:
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._parts = []
-        self._summed += 1
         self.step += 1
         if self.step == self._first_step + 1:
             self._report_first_step(norm)
@@ -249,15 +249,15 @@ class Run:
     def report(self) -> None:
         """Write the averages since the last report: progress bar, metrics.jsonl, TensorBoard. Raises Diverged."""
         self._check_finite()
-        if not self._summed:
+        if not self._sums:
             return
         names = sorted(self._sums.keys() - {"grad_norm"})  # that one is the whole batch's in every process
         totals = parallel.total(torch.stack([self._sums[name] for name in names])).tolist()
         means = {
-            name: value / self._summed
+            name: value / self._counts[name]
             for name, value in zip([*names, "grad_norm"], [*totals, float(self._sums["grad_norm"])])
         }
-        self._sums, self._summed = {}, 0
+        self._sums, self._counts = {}, {}
         figures = {f"train/{name}": value for name, value in means.items()} | {"lr": self.optimizer.param_groups[0]["lr"]}
         if self.step == self._stopwatch_step:  # the first step alone, which says nothing of the rate
             self.log(figures)
@@ -319,7 +319,8 @@ class Run:
         self._restart_stopwatch()
 
     def snapshot(self) -> None:
-        """Keep the weights of this step in snapshots/."""
+        """Keep the weights of this step in snapshots/. Raises Diverged rather than keep broken ones."""
+        self._check_finite()
         with _surviving_a_full_disk("a snapshot"):
             self._save_weights(self.folder / "snapshots" / f"step_{self.step:07d}.safetensors")
         self._restart_stopwatch()
@@ -341,27 +342,16 @@ class Run:
         path = self.folder / "state.pt"
         if not path.exists():
             return
-        remedy = f"remove {path} to start anew"
-        state = load_plain(path, remedy)
-        try:
-            before = json.loads(state["experiment"])
-            for section in before.keys() & {"vae", "diffusion"}:
-                # A setting that is newer than the state had its default then.
-                before[section] = {**type(self.settings)().model_dump(), **before[section]}
-            differing = _differences(before, json.loads(json.dumps(self.experiment)))
-            if not differing:
-                self.net.load_state_dict(state["net"])
-                self.ema.net.load_state_dict(state["ema"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                if self.companion is not None:
-                    self.companion.load_state_dict(state["companion"])
-                    self.companion_optimizer.load_state_dict(state["companion_optimizer"])
-                self.step, self._minutes_before = int(state["step"]), float(state["minutes"])
-        except Exception as error:  # a dictionary that is no state: keys, types and shapes may all be wrong
-            raise UserError(f"{path} is not a state of this network ({first_line(error)}): {remedy}") from None
-        if differing:
-            raise UserError(f"{self.folder} holds a run with other settings ({'; '.join(differing)}): give this one another name, "
-                            f"set them back, or remove {self.folder}")  # fmt: skip
+        state = load_plain(path, remedy(path))
+        require_same_run(self.folder, self.experiment, self.settings, state)
+        with _refusing_what_is_no_state(path):
+            self.net.load_state_dict(state["net"])
+            self.ema.net.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.companion is not None:
+                self.companion.load_state_dict(state["companion"])
+                self.companion_optimizer.load_state_dict(state["companion_optimizer"])
+            self.step, self._minutes_before = int(state["step"]), float(state["minutes"])
 
     def stop_if_told(self) -> None:
         """After the loop: raise Stopped if a signal ended it before it was complete."""
@@ -377,6 +367,36 @@ def _surviving_a_full_disk(what: str):
         yield
     except NoSpace:
         tqdm.write(f"no space left on the disk for {what}; what was saved before is kept, training goes on")
+
+
+def remedy(path: Path) -> str:
+    return f"remove {path} to start anew"
+
+
+@contextlib.contextmanager
+def _refusing_what_is_no_state(path: Path):
+    try:
+        yield
+    except Exception as error:  # a dictionary that is no state: keys, types and shapes may all be wrong
+        raise UserError(f"{path} is not a state of this network ({first_line(error)}): {remedy(path)}") from None
+
+
+def require_same_run(folder: Path, experiment: dict, settings: Training, state: dict | None = None) -> None:
+    """Raise UserError where the folder holds a run that differs in what `experiment` says: before any work its settings, and on
+    resume, with the state that was read, all that it is."""
+    path, early = folder / "state.pt", state is None
+    if early and not path.exists():
+        return
+    state = load_plain(path, remedy(path), mmap=True) if early else state
+    with _refusing_what_is_no_state(path):
+        before, now = json.loads(state["experiment"]), json.loads(json.dumps(experiment))
+        for section in before.keys() & {"vae", "diffusion"}:
+            # A setting that is newer than the state had its default then.
+            before[section] = {**type(settings)().model_dump(), **before[section]}
+        differing = _differences({k: v for k, v in before.items() if k in now or not early}, now)
+    if differing:
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(differing)}): give this one another name, "
+                        f"set them back, or remove {folder}")  # fmt: skip
 
 
 def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:

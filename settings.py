@@ -54,8 +54,14 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
-        raise UserError("; ".join(problems)) from None
+        problems: dict[tuple[str, str], list[str]] = {}
+        for e in error.errors():  # of a union one for each member
+            dotted, message, given = _explain(e)
+            if message not in problems.setdefault((dotted, given), []):
+                problems[dotted, given].append(message)
+        raise UserError(
+            "; ".join(f"{dotted}{' or '.join(said)}{given}" for (dotted, given), said in problems.items())
+        ) from None
 
 
 def _read_with_base(path: Path) -> dict:
@@ -98,21 +104,21 @@ def _merge(below: dict, above: dict) -> dict:
     return merged
 
 
-def _explain(error: dict) -> str:
-    """One pydantic error as "section.key: what is wrong"."""
+def _explain(error: dict) -> tuple[str, str, str]:
+    """Of one pydantic error "section.key: ", what is wrong, and " (got …)"."""
     # Members of a union put their own names into the location; the user's path is what the schema knows.
-    path = [str(p) for p in error["loc"] if not re.match(r"^(literal|constrained|float|int|str|function|list)\b", str(p))]
+    members = r"^(literal|constrained|float|int|bool|str|dict|function|list)\b"
+    path = [str(p) for p in error["loc"] if not re.match(members, str(p))]
     dotted = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = [name for name, _ in walk(Config)] + list(Config.model_fields)
         near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
         same_name = [name for name in known if name.split(".")[-1] == path[-1]]
         hint = near or same_name[:1]
-        return f"{dotted}: unknown key" + (f", did you mean {hint[0]}?" if hint else "")
+        return f"{dotted}: ", "unknown key" + (f", did you mean {hint[0]}?" if hint else ""), ""
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    given = error.get("input")
-    return f"{dotted}: {message} (got {given!r})" if dotted else message
+    return (f"{dotted}: ", message, f" (got {error.get('input')!r})") if dotted else ("", message, "")
 
 
 def walk(model: type[BaseModel], prefix: str = ""):

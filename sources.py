@@ -8,6 +8,7 @@ import io
 import os
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -84,11 +85,26 @@ class Files:
     def read(self, name: str) -> bytes:
         return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
 
+    def read_text(self, name: str) -> str:
+        """A file in UTF-8, with or without its mark. Raises UserError."""
+        try:
+            return self.read(name).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.path: {name} is not UTF-8 ({error})") from None
+        except (
+            OSError,
+            RuntimeError,
+            zipfile.BadZipFile,
+            zlib.error,
+            NotImplementedError,
+        ) as error:  # no right, encrypted, damaged
+            raise UserError(f"data.path: {name} cannot be read ({first_line(error)})") from None
+
     def find_text(self, basename: str) -> list[str] | None:
         """Lines of the file of this name, wherever it lies; None if there is none."""
         for name in self.stamps:
             if Path(name).name == basename:
-                return self.read(name).decode("utf-8").splitlines()
+                return self.read_text(name).splitlines()
         return None
 
 

@@ -23,7 +23,7 @@ from models.schedules import Schedule, make_schedule, min_snr_weight, target
 from models.unet import UNet
 from models.vae import VAE
 from pictures import grid
-from run import Run, experiment_of
+from run import Run, experiment_of, require_same_run
 from sampling import image_generators, make_denoiser, randn, sample
 from training import (
     STATE_BYTES,
@@ -63,6 +63,7 @@ def train(config: Config, dry_run: bool) -> None:
     unet = unet.to(device, memory_format=torch.channels_last)
     require_space(folder, STATE_BYTES * parameters_of(unet))
     require_memory(device, TRAINING_BYTES * parameters_of(unet))
+    require_same_run(folder, experiment_of(config, "diffusion"), s)
 
     print(
         f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters on {size}x{size}x{channels} latents, on {device} in {str(dtype)[6:]}\n"

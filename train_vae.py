@@ -24,7 +24,7 @@ from models.adversarial import PatchDiscriminator, adaptive_weight, discriminato
 from models.losses import make_perceptual, perceptual_weights
 from models.vae import VAE, reconstruction_error
 from pictures import pairs
-from run import Run, experiment_of
+from run import Run, experiment_of, require_same_run
 from sources import HELD_OUT, TRAIN
 from training import (
     STATE_BYTES,
@@ -54,6 +54,7 @@ def train(config: Config, dry_run: bool) -> None:
     size, latent = config.data.image_size, config.data.image_size // vae.downsampling
     require_space(folder, STATE_BYTES * parameters_of(vae))
     require_memory(device, TRAINING_BYTES * parameters_of(vae))
+    require_same_run(folder, experiment_of(config, "vae"), s)
 
     print(
         f"VAE: {parameters_of(vae) / 1e6:.2f}M parameters, {size}x{size}x3 -> {latent}x{latent}x{s.latent_channels}, on {device} in {str(dtype)[6:]}\n"

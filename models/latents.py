@@ -25,7 +25,7 @@ class Normaliser:
     def measure(cls, latents: Tensor, kind: str) -> "Normaliser":
         """From VAE means (N, C, h, w). "global": shift 0, scale 1/std of all values (as LDM); "per_channel": zero mean, unit std.
 
-        Raises ValueError for a channel without variance when it would have to be scaled by 1/0.
+        Raises ValueError for a channel without variance, and for another kind.
         """
         channels = latents.shape[1]
         # float64 sums, one channel at a time: the whole set in float64 would not fit beside itself.
@@ -38,6 +38,8 @@ class Normaliser:
             low, high = _quantiles(values)
             moments.append(torch.stack([values.mean(), var, kurtosis, low, high]))
         mean, var, kurtosis, low, high = torch.stack(moments, dim=1)  # (C,) each
+        if kind not in ("global", "per_channel"):
+            raise ValueError(f"normaliser {kind!r} does not exist; there are: global, per_channel")
         if kind == "global":
             total_var = (var + mean**2).mean() - mean.mean() ** 2
             shift, scale = torch.zeros(channels), total_var.rsqrt().expand(channels)

@@ -112,7 +112,9 @@ def target(kind: str, z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> T
         return alpha * eps - sigma * z
     if kind == "velocity":
         return eps - z
-    return z
+    if kind == "x0":
+        return z
+    raise _unknown(kind)
 
 
 def to_z0(kind: str, prediction: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -123,7 +125,9 @@ def to_z0(kind: str, prediction: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tens
         return (alpha * z_t - sigma * prediction) / (alpha**2 + sigma**2)  # variance preserving: the divisor is 1
     if kind == "velocity":
         return (z_t - sigma * prediction) / (alpha + sigma)
-    return prediction
+    if kind == "x0":
+        return prediction
+    raise _unknown(kind)
 
 
 def min_snr_weight(kind: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
@@ -131,9 +135,15 @@ def min_snr_weight(kind: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Ten
     squared error of what is predicted. eps: min(snr, gamma)/snr; v: min(snr, gamma)/(snr + 1)."""
     on_z0 = (alpha**2 / sigma**2).clamp(max=gamma)
     if kind == "eps":
-        return on_z0 * sigma**2 / alpha.clamp(min=1e-12) ** 2
+        return (gamma * sigma**2 / alpha**2).clamp(max=1.0)  # min(snr, gamma)/snr, and 1 where alpha is 0
     if kind == "v":
         return on_z0 * sigma**2 / (alpha**2 + sigma**2) ** 2
     if kind == "velocity":
         return on_z0 * sigma**2 / (alpha + sigma) ** 2
-    return on_z0
+    if kind == "x0":
+        return on_z0
+    raise _unknown(kind)
+
+
+def _unknown(kind: str) -> ValueError:
+    return ValueError(f"prediction {kind!r} does not exist; there are: {', '.join(PREDICTIONS)}")

@@ -74,6 +74,21 @@ def test_neither_step_leaves_a_gradient_in_the_other(experiment, monkeypatch):
     assert {"train/fooling", "train/discriminator", "train/adaptive_weight"} <= set().union(*lines)
 
 
+def test_figures_of_a_part_of_the_steps_are_their_own_mean(experiment, monkeypatch):
+    """The discriminator begins in the last of a report's steps: its loss is that step's, not a share of it."""
+    seen, companion = [], run.Run.accumulate_companion
+    monkeypatch.setattr(
+        run.Run,
+        "accumulate_companion",
+        lambda self, loss, **figures: seen.append(float(loss.detach().mean())) or companion(self, loss, **figures),
+    )
+    assert experiment.run("train_vae", *ON, "vae.adversarial.start=4", "vae.log_every=5") == 0
+    lines = [json.loads(line) for line in (experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/discriminator"] for line in lines if "train/discriminator" in line] == pytest.approx(seen) and len(
+        seen
+    ) == 1
+
+
 def test_resuming_takes_the_discriminator_along(experiment, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -108,6 +108,19 @@ def test_damaged_annotations(coco, tmp_path, content, message):
         load_images(settings(tmp_path, coco, "coco"))
 
 
+def test_side_files_that_cannot_be_read(pictures, tmp_path):
+    (pictures / "00.txt").write_bytes("a caption".encode("utf-16"))
+    with pytest.raises(UserError, match="data.path: 00.txt is not UTF-8"):
+        load_images(settings(tmp_path, pictures))
+    (pictures / "00.txt").write_text("a caption")
+    path = as_zip(pictures)
+    content = path.read_bytes()
+    place = content.index(b"a caption")
+    path.write_bytes(content[:place] + b"A" + content[place + 1 :])
+    with pytest.raises(UserError, match="data.path: .*00.txt cannot be read"):
+        load_images(settings(tmp_path, path))
+
+
 def test_no_annotations(pictures, tmp_path):
     with pytest.raises(UserError, match="no captions_train"):
         load_images(settings(tmp_path, pictures, "coco"))

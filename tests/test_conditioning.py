@@ -173,6 +173,16 @@ def test_adaln_zero_is_the_identity_at_first():
     assert not torch.allclose(block(x, emb), block(x, emb + 1.0))  # once trained it listens to time and class
 
 
+def test_adaln_by_hand():
+    """x + g f(LN(x) (1 + s) + b), for the attention and then for the MLP (Peebles & Xie 2023, §3.2)."""
+    block, x, emb = noisy(AdaLNZeroBlock(16, 2, 8)), torch.randn(2, 5, 16), torch.randn(2, 8)
+    with torch.no_grad():
+        s1, b1, g1, s2, b2, g2 = block.modulation(nn.functional.silu(emb))[:, None].split(16, dim=2)
+        norm = lambda y: (y - y.mean(2, keepdim=True)) / (y.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+        h = x + g1 * block.attention(norm(x) * (1 + s1) + b1)
+        torch.testing.assert_close(block(x, emb), h + g2 * block.mlp(norm(h) * (1 + s2) + b2))
+
+
 def test_positions_are_interpolated_to_other_sizes():
     net = unet(bottleneck="transformer", bottleneck_blocks=2)
     bottleneck = net.middle[0]

@@ -84,6 +84,8 @@ def test_all_mistakes_at_once():
         ("sampling.guidance_interval=[0.2, 3]", "no effect with sampling.guidance=1"),
         ("sampling.guidance_rescale=0.7", "no effect with sampling.guidance=1"),
         ("sampling.sampler=eulr", "ancestral"),
+        ("compile=maybe", r"^compile: input should be 'auto' or input should be a valid boolean \(got 'maybe'\)$"),
+        ("sampling.labels=[[1]]", r"^sampling.labels.0: [^:]*\(got \[1\]\)$"),
         ("sampling.x0_clamp=-1.0", "x0_clamp"),
         ("diffusion.name=vae", "taken"),
         ("name=../x", "name"),
@@ -102,6 +104,12 @@ def test_all_mistakes_at_once():
 def test_bad_values(override, message):
     with pytest.raises(UserError, match=message):
         load_config(None, ["sampling.clean_steps=0", override])
+
+
+def test_patches_need_pictures_larger_than_they_are():
+    with pytest.raises(UserError, match="24 pixels or more, not data.image_size=16"):
+        load_config(None, ["data.image_size=16", "vae.adversarial.weight=0.1"])
+    assert load_config(None, ["data.image_size=24", "vae.widths=[8]", "diffusion.widths=[8]", "vae.adversarial.weight=0.1"])
 
 
 def test_samplers_and_schedules_of_the_schema_exist():

@@ -48,6 +48,25 @@ def test_little_strength_stays_with_the_picture(trained, face):
     assert off[0] < 0.8 * off[1]
 
 
+def test_a_mask_forgets_what_it_does_not_keep(trained, face, tmp_path):
+    """Without a strength a picture is kept to 0.4, and with a mask not at all where it is drawn anew."""
+    Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
+    drawn = {}
+    for options in ((), ("sampling.strength=1",), ("sampling.strength=0.6",)):
+        for mask in ((), (f"sampling.mask={tmp_path}/mask.png",)):
+            argv = ("sampling.rows=1", "sampling.cols=2", f"sampling.image={face}", *mask, *options)
+            assert trained.run("infer", *argv) == 0
+            drawn[bool(mask), options] = cells(results(trained, f"ddim_1x2_{'inpaint' if mask else 'from'}_face"))
+    assert np.array_equal(drawn[True, ()], drawn[True, ("sampling.strength=1",)])
+    assert np.array_equal(drawn[False, ()], drawn[False, ("sampling.strength=0.6",)])
+    assert not np.array_equal(drawn[False, ()], drawn[False, ("sampling.strength=1",)])
+
+
+def test_pictures_that_would_be_shown_nowhere(trained, capsys):
+    assert trained.run("infer", "sampling.rows=1", "sampling.cols=2", "sampling.images=3") == 2
+    assert "sampling.images: 3 are more than the grid of 1x2 shows" in capsys.readouterr().err
+
+
 def test_a_grid_of_other_settings_is_kept(trained, capsys):
     path, before = results(trained, "ddim_1x2"), {}
     for seed in (5, 5, 6, 7):
@@ -62,7 +81,9 @@ def test_a_grid_of_other_settings_is_kept(trained, capsys):
 def test_the_command_inside_a_grid_can_be_pasted(trained):
     import shlex
 
-    argv = trained.argv("sampling.rows=1", "sampling.cols=2", "diffusion.sample_images=4", "diffusion.labels=['hair colour', it's]")
+    argv = trained.argv(
+        "sampling.rows=1", "sampling.cols=2", "diffusion.sample_images=4", "diffusion.labels=['hair colour', it's]"
+    )
     assert __import__("infer").main(argv) == 0
     text = Image.open(results(trained, "ddim_1x2")).text
     assert shlex.split(text["command"]) == ["python", "infer.py", *argv] and len(text["commit"]) >= 7

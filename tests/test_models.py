@@ -9,9 +9,11 @@ import torchvision.models as zoo
 from models.latents import Normaliser
 from models.layers import Attention, ResBlock, attend, timestep_embedding
 from models.losses import LPIPS, make_perceptual, perceptual_weights
+from models.schedules import PREDICTIONS, make_schedule
 from models.unet import UNet
 from models.vae import VAE, Posterior
 from settings import load_config
+from train_diffusion import diffusion_loss, draw_timesteps
 from training import EMA, learning_rate, parameters_of
 
 ROOT = __import__("conftest").ROOT
@@ -96,6 +98,16 @@ def test_blocks_begin_as_the_identity():
     assert torch.equal(small_unet()(torch.randn(2, 4, 8, 8), torch.tensor([1, 2])), torch.zeros(2, 4, 8, 8))
 
 
+def test_adaptive_norm_by_hand():
+    """conv2(silu(norm2(conv1(silu(norm1(x)))) (1 + s) + b)) + x, with s and b from the embedding (Dhariwal & Nichol 2021, §3)."""
+    torch.manual_seed(0)
+    block, x, emb = wake(ResBlock(8, 8, emb_dim=6)), torch.randn(2, 8, 4, 4), torch.randn(2, 6)
+    silu = torch.nn.functional.silu
+    s, b = block.emb(silu(emb))[:, :, None, None].split(8, dim=1)
+    h = block.norm2(block.conv1(silu(block.norm1(x)))) * (1 + s) + b
+    torch.testing.assert_close(block(x, emb), x + block.conv2(silu(h)))
+
+
 def test_attention_by_hand():
     """One head, against softmax(q kᵀ / sqrt(d)) v written out."""
     torch.manual_seed(0)
@@ -138,11 +150,35 @@ def test_unet_refuses_a_size_it_cannot_halve():
         small_unet(size=6, widths=[16, 16, 16])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_the_diffusion_loss_by_hand(schedule, kind):
+    """The mean square of net(alpha_t z + sigma_t eps, t) - target, the net giving back a multiple of what it is given."""
+    table = make_schedule(schedule)
+    z, eps, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 980])
+    loss = diffusion_loss(lambda z_t, t, raw: 0.5 * z_t + t[:, None, None, None], z, eps, t, *table.tables("cpu"), kind)
+    for i, now in enumerate(t.tolist()):
+        alpha, sigma = float(table.alpha(now)), float(table.sigma(now))
+        wanted = {"eps": eps, "v": alpha * eps - sigma * z, "x0": z, "velocity": eps - z}[kind][i]
+        given = 0.5 * (alpha * z[i] + sigma * eps[i]) + now
+        assert float(loss[i]) == pytest.approx(float((given - wanted).square().mean()), rel=1e-4)
+
+
+def test_logit_normal_timesteps():
+    """logit(t/T) is N(0, 1) (Esser et al. 2024, §3.1); uniform ones are uniform."""
+    torch.manual_seed(0)
+    drawn = {}
+    for kind in ("logit_normal", "uniform"):
+        s = load_config(None, [f"diffusion.timestep_sampling={kind}", "diffusion.timesteps=100000"]).diffusion
+        drawn[kind] = (draw_timesteps(s, 100_000, torch.device("cpu")) + 0.5) / s.timesteps
+    logits = drawn["logit_normal"].double().logit()
+    assert float(logits.mean()) == pytest.approx(0.0, abs=0.015) and float(logits.std()) == pytest.approx(1.0, abs=0.01)
+    assert float(drawn["uniform"].mean()) == pytest.approx(0.5, abs=0.005)
+    assert float(drawn["uniform"].std()) == pytest.approx(12**-0.5, abs=0.003)
+
+
 def test_unet_overfits_one_batch():
     """Fixed latents, noise and timesteps: a network that learns drives the loss to a small part of its start, which is 1."""
-    from models.schedules import make_schedule
-    from train_diffusion import diffusion_loss
-
     torch.manual_seed(0)
     unet, (alphas, sigmas) = small_unet(widths=[32, 64]), make_schedule("cosine").tables("cpu")
     z, eps, t = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 8, 8), torch.linspace(50, 950, 8).long()

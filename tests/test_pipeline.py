@@ -21,7 +21,10 @@ import artifacts
 import feed
 import run
 from latent_cache import Encodings
+from latent_diffusion import images_of, load_vae
+from models.schedules import make_schedule
 from models.unet import UNet
+from settings import load_config
 
 
 def fails(experiment, capsys, stage, *overrides, code=2) -> str:
@@ -154,15 +157,6 @@ def test_other_settings_run(experiment, changes):
         experiment.run("infer", "sampling.sampler=ancestral", "sampling.variance=beta", "sampling.x0_clamp=1.0", *changes)
         == 0
     )
-
-
-def test_perceptual_loss_trains_and_is_measured(experiment, tmp_path):
-    import torchvision.models as zoo
-
-    torch.save(zoo.vgg19(weights=None).state_dict(), tmp_path / "vgg19.pth")
-    assert experiment.run("train_vae", "vae.perceptual.net=vgg19", f"vae.perceptual.weights={tmp_path}/vgg19.pth") == 0
-    last = json.loads((experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["held_out/perceptual"] > 0
 
 
 def test_tensorboard_and_wandb_are_written_where_asked(experiment, monkeypatch):
@@ -404,8 +398,15 @@ def test_vae_of_other_images(trained, tmp_path, capsys):
 
 
 def test_resuming_with_other_settings(trained, tmp_path, capsys):
-    line = fails(copy_of(trained, tmp_path), capsys, "train_vae", "vae.lr=1e-3", "vae.steps=9")
+    experiment = copy_of(trained, tmp_path)
+    line = fails(experiment, capsys, "train_vae", "vae.lr=1e-3", "vae.steps=9")
     assert "vae.lr was 0.0002, now 0.001" in line and "steps" not in line
+    shutil.rmtree(experiment.run_dir.parent / "cache")
+    for stage in ("train_vae", "train_diffusion"):  # before any picture is read
+        section = {"train_vae": "vae", "train_diffusion": "diffusion"}[stage]
+        assert f"{section}.lr was" in fails(experiment, capsys, stage, f"{section}.lr=1e-3", "--dry-run")
+        assert experiment.run(stage, f"{section}.steps=9", "--dry-run") == 0
+    assert not (experiment.run_dir.parent / "cache").exists()
 
 
 class Hostile:
@@ -452,6 +453,75 @@ def test_foreign_weights(trained, tmp_path, capsys):
     assert "is not a vae weights file" in fails(experiment, capsys, "create_encodings")
     shutil.copy(experiment.run_dir / "cosine" / "unet.safetensors", path)
     assert "is not a vae weights file" in fails(experiment, capsys, "infer")
+
+
+# What is logged and stored is what it is called
+
+
+def logged(experiment, folder):
+    lines = (experiment.run_dir / folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "train/loss" in line]
+
+
+def test_the_vaes_loss_is_the_sum_of_its_parts(experiment, tmp_path):
+    """reconstruction + weight · perceptual + kl_weight · min(1, (step+1)/kl_warmup) · nats, step by step."""
+    from torchvision.models import vgg
+
+    layers = vgg.make_layers(vgg.cfgs["E"])[:12].state_dict()  # VGG19 up to relu3_1
+    torch.save({f"features.{name}": value for name, value in layers.items()}, tmp_path / "vgg19.pth")
+    options = ["vae.kl_weight=0.5", "vae.kl_warmup=4", "vae.log_every=1", "vae.perceptual.weight=0.3"]
+    vgg19 = ["vae.perceptual.net=vgg19", f"vae.perceptual.weights={tmp_path}/vgg19.pth"]
+    assert experiment.run("train_vae", *options, *vgg19) == 0
+    lines = logged(experiment, "vae")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        kl = 0.5 * min(1.0, line["step"] / 4) * line["train/nats_per_dim"]
+        parts = line["train/reconstruction"] + 0.3 * line["train/perceptual"] + kl
+        assert line["train/loss"] == pytest.approx(parts, rel=1e-4) and line["train/perceptual"] > 0
+    last = json.loads((experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["held_out/perceptual"] > 0
+
+
+def test_the_weighted_loss_is_weighted(trained, tmp_path, monkeypatch):
+    """One step under min-SNR: the logged loss is the mean of weight(t) · unweighted loss."""
+    import train_diffusion
+
+    experiment, seen, inner = copy_of(trained, tmp_path), [], train_diffusion.diffusion_loss
+
+    def watched(unet, z, eps, t, alphas, sigmas, prediction, raw=None):
+        loss = inner(unet, z, eps, t, alphas, sigmas, prediction, raw)
+        seen.append((t.clone(), loss.detach().clone()))
+        return loss
+
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", watched)
+    options = ["diffusion.name=snr", "diffusion.prediction=v", "diffusion.weighting=min_snr", "diffusion.min_snr_gamma=2"]
+    assert experiment.run("train_diffusion", *options, "diffusion.log_every=1", "diffusion.steps=1") == 0
+    (t, loss), (line,) = seen[0], logged(experiment, "snr")
+    snr = make_schedule("cosine").snr(t)
+    weighted = (snr.clamp(max=2.0) / (snr + 1) * loss).mean()
+    assert line["train/loss"] == pytest.approx(float(weighted), rel=1e-4)
+    assert line["train/unweighted_loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
+
+
+def test_weights_files_hold_the_average(trained):
+    """Both are those of EMA, not of the network that learns."""
+    for folder, file in (("vae", "vae"), ("cosine", "unet")):
+        weights = load_file(trained.run_dir / folder / f"{file}.safetensors")
+        state = torch.load(trained.run_dir / folder / "state.pt", weights_only=True)
+        assert all(torch.equal(weights[name], value) for name, value in state["ema"].items())
+        assert not all(torch.equal(weights[name], value) for name, value in state["net"].items())
+
+
+def test_encodings_are_of_the_pictures_and_of_their_mirrors(trained):
+    config = load_config(str(trained.config), trained.argv()[1:])
+    vae, header = load_vae(config, torch.device("cpu"))
+    images = images_of(config, header)
+    stored = torch.load(trained.run_dir / "encodings.pt", weights_only=True)
+    for split, name, mirrored in ((0, "mean", False), (0, "mean_flipped", True), (1, "held_out", False)):
+        pixels = images.pixels[images.rows(split)][:, :, :: -1 if mirrored else 1]
+        x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2) / 127.5 - 1
+        torch.testing.assert_close(stored[name].float(), vae.encode(x).mean, rtol=2e-3, atol=2e-3)
+    assert not torch.allclose(stored["mean"], stored["mean_flipped"], atol=0.01)
 
 
 # Devices and data

@@ -104,6 +104,9 @@ def test_min_snr_weights_are_one_loss(name):
         off = target(kind, z + dz, (z_t - alpha * (z + dz)) / sigma, alpha, sigma) - target(kind, z, eps, alpha, sigma)
         torch.testing.assert_close(min_snr_weight(kind, alpha, sigma, 5.0) * off**2, snr.clamp(max=5.0) * dz**2)
     torch.testing.assert_close(min_snr_weight("eps", *make_pair(3.0), 5.0), torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(
+        min_snr_weight("eps", torch.tensor(0.0), torch.tensor(1.0), 5.0), torch.tensor(1.0)
+    )  # no signal
     torch.testing.assert_close(min_snr_weight("eps", *make_pair(20.0), 5.0), torch.tensor(0.25, dtype=torch.float64))
     torch.testing.assert_close(min_snr_weight("v", *make_pair(20.0), 5.0), torch.tensor(5 / 21, dtype=torch.float64))
 
@@ -111,3 +114,14 @@ def test_min_snr_weights_are_one_loss(name):
 def make_pair(snr):
     """alpha and sigma of a variance-preserving schedule at this snr."""
     return torch.tensor(snr / (1 + snr), dtype=torch.float64).sqrt(), torch.tensor(1 / (1 + snr), dtype=torch.float64).sqrt()
+
+
+def test_a_prediction_that_does_not_exist():
+    z = torch.zeros(1)
+    for call in (
+        lambda: target("epsilon", z, z, z, z),
+        lambda: to_z0("epsilon", z, z, z, z),
+        lambda: min_snr_weight("epsilon", z, z, 5.0),
+    ):
+        with pytest.raises(ValueError, match="'epsilon' does not exist; there are: eps, v, x0, velocity"):
+            call()
