@@ -154,8 +154,10 @@ def encode(config: Config, dry_run: bool) -> None:
 def in_parts(folder: Path, title: str, unit: str, n: int, make: Callable[[range, Callable], dict]) -> list[Path]:
     """What make(part, advance) gives for each PART of 0 … n-1, a file for each part, made by the process it falls to. A part that an
     interrupted pass has left is not made again."""
-    files = {start: folder / f"{title.replace(' ', '-')}-{start:09d}.pt" for start in range(0, n, PART)}
-    mine = [(range(start, min(start + PART, n)), file) for start, file in files.items()][parallel.rank() :: parallel.size()]
+    at_once = min(PART, -(-n // parallel.size()))  # something for every process
+    parts = [range(start, min(start + at_once, n)) for start in range(0, n, at_once)]
+    files = [folder / f"{title.replace(' ', '-')}-{part.start:09d}-{part.stop:09d}.pt" for part in parts]
+    mine = list(zip(parts, files))[parallel.rank() :: parallel.size()]
     total, writing = sum(len(part) for part, _ in mine), None
     with ThreadPoolExecutor(1) as writer, tqdm(total=total, desc=title, unit=unit) as bar:
         for part, file in mine:
@@ -168,7 +170,7 @@ def in_parts(folder: Path, title: str, unit: str, n: int, make: Callable[[range,
             writing = writer.submit(save_plain, file, content)  # while the device makes the next
         if writing:
             writing.result()
-    return list(files.values())
+    return files
 
 
 def embedding(encoder: ClipText, captions: list[str], batch_size: int) -> Callable[[range, Callable], dict]:

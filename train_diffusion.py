@@ -10,21 +10,24 @@ if __name__ == "__main__":
     cli.answer_early(__doc__)
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 import conditions
 from artifacts import require_space
+from calibration import Moments
 from config import Config, Diffusion, UserError
 from data import Shuffle, spread, to_uint8
 from feed import Feed
 from latent_diffusion import encodings_by, load_vae
 from models.conditioning import Raw
+from models.latents import Normaliser
 from models.schedules import Schedule, make_schedule, min_snr_weight, target
 from models.unet import UNet
 from models.vae import VAE
 from pictures import grid
 from run import Run, experiment_of, require_same_run
-from sampling import image_generators, make_denoiser, randn, sample
+from sampling import Threshold, image_generators, make_denoiser, randn, sample
 from training import (
     STATE_BYTES,
     TRAINING_BYTES,
@@ -133,7 +136,10 @@ def train(config: Config, dry_run: bool) -> None:
                     f"held-out loss {sum(losses) / len(losses):.4f}, by timestep bin "
                     + " ".join(f"{loss:.3f}" for loss in losses)
                 )
-                picture = sample_picture(run.ema.net, held_out_raw, vae, normaliser, schedule, s, run.micro_batch, dtype)
+                picture, figures = sample_picture(
+                    run.ema.net, held_out_raw, vae, normaliser, schedule, s, run.micro_batch, dtype
+                )
+                run.log({f"samples/{name}": value for name, value in figures.items()})
                 run.picture("samples", picture, f"samples/step_{run.step:07d}.png")
             if s.snapshot_every and run.due(s.snapshot_every) and run.leads:
                 run.snapshot()
@@ -209,22 +215,32 @@ def held_out_losses(
 
 @torch.no_grad()
 def sample_picture(
-    unet: UNet, raw: Raw | None, vae: VAE, normaliser, schedule: Schedule, s: Diffusion, at_once: int, dtype: torch.dtype
-):
+    unet: UNet,
+    raw: Raw | None,
+    vae: VAE,
+    normaliser: Normaliser,
+    schedule: Schedule,
+    s: Diffusion,
+    at_once: int,
+    dtype: torch.dtype,
+) -> tuple[Image, dict[str, float]]:
     """A grid of samples from the same noise every time: UniPC, 20 steps, clamped to the measured range; conditioned on
-    what held-out images show, unguided."""
+    what held-out images show, unguided. And how their latents spread beside those of training, and what share was clamped."""
     device = normaliser.scale.device
     shape = (unet.settings["channels"], unet.settings["size"], unet.settings["size"])
-    images = []
+    images, threshold, moments = [], Threshold(*normaliser.range()), Moments(shape[0])
     for start in range(0, s.sample_images, at_once):
         indices = range(start, min(start + at_once, s.sample_images))
         noise = randn((len(indices), *shape), image_generators(0, indices, "cpu"), device)
         theirs = None if raw is None else tuple(r[[i % len(r) for i in indices]] for r in raw)
         denoise = make_denoiser(lambda z_t, t, raw=theirs: unet(z_t, t, raw), schedule, s.prediction, device, dtype)
-        z = sample(denoise, noise, schedule, "unipc", min(20, s.timesteps), x0_range=normaliser.range())
+        z = sample(denoise, noise, schedule, "unipc", min(20, s.timesteps), x0_range=threshold)
+        moments.add(z)
         with autocast(device, dtype):
             images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))
-    return grid(torch.cat(images).numpy(), cols=max(1, round(s.sample_images**0.5)))
+    clamped, seen = threshold.counts
+    figures = {"std_ratio": moments.overall_std() / normaliser.overall_std(), "clamped": clamped / seen}
+    return grid(torch.cat(images).numpy(), cols=max(1, round(s.sample_images**0.5))), figures
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,8 +17,12 @@ from safetensors.torch import load_file
 
 import cli
 import parallel
+from conditions import Requests
 from config import UserError
+from drawing import Wanted, draw
+from latent_diffusion import LatentDiffusion
 from models.unet import UNet
+from settings import load_config
 
 STAGES = ("train_vae", "create_encodings", "train_diffusion", "infer")
 LABELS = ("diffusion.condition=class", "diffusion.dropout=0.0", "sampling.labels=[{hat: 1}, {sex: 0}]", "sampling.strip=2", "sampling.batch_size=2")  # fmt: skip
@@ -134,6 +138,17 @@ def test_two_processes_are_one(alone, tmp_path):
     torch.testing.assert_close(one["mean"], two["mean"], rtol=0, atol=2e-3)
     assert one["labels"].equal(two["labels"])
     assert not list(experiment.run_dir.glob("encodings.parts*")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_grid_smaller_than_a_batch_is_shared(trained, monkeypatch):
+    """Each of three processes draws a part of what fits one batch, and all draw the whole."""
+    config = load_config(str(trained.config), trained.argv()[1:])
+    model, drawn = LatentDiffusion(config, torch.device("cpu"), torch.float32), []
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        drawn.append(sorted(draw(model, config.sampling, Requests([], None), None, 1.0, Wanted(7, 7, [], None)).pixels))
+    assert drawn == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_bad_input_is_said_once(experiment):

@@ -503,6 +503,15 @@ def test_the_weighted_loss_is_weighted(trained, tmp_path, monkeypatch):
     assert line["train/unweighted_loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
 
 
+def test_samples_while_training_are_calibrated(trained):
+    lines = map(json.loads, (trained.run_dir / "cosine" / "metrics.jsonl").read_text().splitlines())
+    found = [
+        (line["step"], line["samples/std_ratio"], line["samples/clamped"]) for line in lines if "samples/std_ratio" in line
+    ]
+    # An untrained U-Net says eps = 0, and so z0_hat = z_t / alpha: all noise, until the clamp bounds it.
+    assert [step for step, *_ in found] == [3, 6] and all(0.5 < ratio < 3 and 0 < clamped < 1 for _, ratio, clamped in found)
+
+
 def test_weights_files_hold_the_average(trained):
     """Both are those of EMA, not of the network that learns."""
     for folder, file in (("vae", "vae"), ("cosine", "unet")):
