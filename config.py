@@ -181,8 +181,10 @@ class Sampling(Section):
     eta: Share = key(0.0, "ddim: 0 deterministic … 1 ancestral")
     order: Annotated[int, Field(ge=1, le=3)] = key(2, "unipc: order of the solver")
     variance: Literal["posterior", "beta"] = key("posterior", "ancestral: variance of a step")
-    spacing: Literal["trailing", "leading", "linspace", "logsnr", "karras"] = key(
-        "trailing", "which timesteps are visited: even in t, or in log(alpha/sigma), or as Karras et al. 2022"
+    spacing: Literal["auto", "trailing", "leading", "linspace", "logsnr", "karras"] = key(
+        "auto",
+        "which timesteps are visited: even in t, or in log(alpha/sigma), or as Karras et al. 2022; auto: logsnr for heun, dpmpp_2m, its SDE "
+        "form and unipc, trailing for the others and for flow",
     )
     sigma_max: Optional[PositiveFloat] = key(
         None,

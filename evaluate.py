@@ -237,7 +237,8 @@ def samplers(config: Config, dry_run: bool) -> None:
     encodings = Encodings.load(config.run_dir / "encodings.pt")
     if max(e.steps) > model.schedule.timesteps:
         raise UserError(f"evaluation.steps: {max(e.steps)} is more than the model's T = {model.schedule.timesteps}")
-    model.steps_of(config.sampling)
+    for name in e.samplers:
+        model.steps_of(config.sampling.model_copy(update={"sampler": name}))
     if e.images > len(encodings.mean):
         raise UserError(
             f"evaluation.images: {e.images} is more than the {len(encodings.mean):,} training latents to compare with"

@@ -15,7 +15,7 @@ from models.latents import Normaliser
 from models.schedules import PREDICTIONS, make_schedule
 from models.unet import UNet
 from models.vae import VAE
-from sampling import Denoise, Threshold, guided, make_denoiser, timesteps
+from sampling import Denoise, Threshold, guided, make_denoiser, spacing_for, timesteps
 from training import autocast, compile_networks
 
 
@@ -123,7 +123,7 @@ class LatentDiffusion:
     def steps_of(self, s: Sampling, strength: float = 1.0) -> list[int]:
         """The timesteps that these settings visit. Raises UserError for settings that this model's schedule does not allow."""
         try:
-            return timesteps(self.schedule, s.steps, s.spacing, s.sigma_max, strength)
+            return timesteps(self.schedule, s.steps, self.spacing(s), s.sigma_max, strength)
         except ValueError as error:
             raise UserError(f"sampling: {error}") from None
 
@@ -133,9 +133,13 @@ class LatentDiffusion:
             return None
         return Threshold(*(self.normaliser.range() if x0_clamp == "range" else (-x0_clamp, x0_clamp)))
 
+    def spacing(self, s: Sampling) -> str:
+        """The spacing of timesteps that these settings mean."""
+        return spacing_for(s.sampler, self.schedule) if s.spacing == "auto" else s.spacing
+
     def options(self, s: Sampling) -> dict:
         """The keyword arguments of `sampling.sample` that are settings."""
-        return s.model_dump(include={"eta", "order", "variance", "spacing", "sigma_max", "clean_steps"})
+        return s.model_dump(include={"eta", "order", "variance", "sigma_max", "clean_steps"}) | {"spacing": self.spacing(s)}
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

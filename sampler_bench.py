@@ -15,7 +15,7 @@ from calibration import Moments
 from config import Config
 from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion
-from sampling import evaluations, image_generators, randn, sample, timesteps
+from sampling import evaluations, image_generators, randn, sample
 
 DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp_2m", "unipc")  # these solve the probability-flow ODE
 REFERENCE = "heun"  # at the most steps: second order, and it corrects every step
@@ -43,21 +43,21 @@ def bench(config: Config, model: LatentDiffusion, encodings: Encodings) -> tuple
     noises = [(start, min(start + e.batch_size, e.images)) for start in range(0, e.images, e.batch_size)]
 
     def generate(sampler: str, steps: int, bar: tqdm) -> Tensor:
-        z = []
+        z, its = [], s.model_copy(update={"sampler": sampler, "steps": steps, "clean_steps": 0})
         for start, stop in noises:
             generators = image_generators(s.seed, range(start, stop), "cpu")
             noise = randn((stop - start, *model.shape), generators, model.device)
             raw = None if shown is None else tuple(r[start:stop] for r in shown)
             z.append(
                 sample(
-                    model.denoiser(s, raw), noise, model.schedule, sampler, steps, **model.options(s) | {"clean_steps": 0},
+                    model.denoiser(s, raw), noise, model.schedule, sampler, steps, **model.options(its),
                     x0_range=model.threshold(s.x0_clamp), generator=generators, callback=lambda _i, _t, z_t, _z0: bar.update(len(z_t)),
                 )
             )  # fmt: skip
         return torch.cat(z)
 
     def calls(sampler: str, steps: int) -> int:
-        return evaluations(sampler, len(timesteps(model.schedule, steps, s.spacing, s.sigma_max)))
+        return evaluations(sampler, len(model.steps_of(s.model_copy(update={"sampler": sampler, "steps": steps}))))
 
     asked = [(name, steps) for steps in sorted(e.steps) for name in e.samplers]
     # The reference first: what all others are measured against.

@@ -131,6 +131,7 @@ SAMPLERS: dict[str, Callable] = {
     "dpmpp_2m_sde": sample_dpmpp_2m_sde,
     "unipc": sample_unipc,
 }
+SECOND_ORDER = ("heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 
 
 # One step

@@ -27,7 +27,7 @@ from models.unet import UNet
 from models.vae import VAE
 from pictures import grid
 from run import Run, experiment_of, require_same_run
-from sampling import Threshold, image_generators, make_denoiser, randn, sample
+from sampling import Threshold, image_generators, make_denoiser, randn, sample, spacing_for
 from training import (
     STATE_BYTES,
     TRAINING_BYTES,
@@ -234,7 +234,15 @@ def sample_picture(
         noise = randn((len(indices), *shape), image_generators(0, indices, "cpu"), device)
         theirs = None if raw is None else tuple(r[[i % len(r) for i in indices]] for r in raw)
         denoise = make_denoiser(lambda z_t, t, raw=theirs: unet(z_t, t, raw), schedule, s.prediction, device, dtype)
-        z = sample(denoise, noise, schedule, "unipc", min(20, s.timesteps), x0_range=threshold)
+        z = sample(
+            denoise,
+            noise,
+            schedule,
+            "unipc",
+            min(20, s.timesteps),
+            spacing=spacing_for("unipc", schedule),
+            x0_range=threshold,
+        )
         moments.add(z)
         with autocast(device, dtype):
             images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))

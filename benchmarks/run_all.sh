@@ -11,3 +11,4 @@ python benchmarks/sample_64.py
 python benchmarks/loader.py
 python benchmarks/memory.py configs/celeba64.yaml diffusion.batch_size=256
 python benchmarks/memory.py configs/faces512.yaml
+python benchmarks/pixel_space.py configs/faces512.yaml 4 128 256

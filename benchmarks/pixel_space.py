@@ -1,0 +1,84 @@
+"""What do latents save? A training step of a config's U-Net on its latents, and of the same U-Net on the pixels.
+
+    python benchmarks/pixel_space.py configs/faces512.yaml [batch size] [smaller sizes of pictures ...]
+
+Each in a process of its own: forward, backward, AdamW, three steps, of which the fastest counts; and the peak of the GPU's memory, or on a CPU
+of the whole process (torch itself takes some 0.4 GB of that). "nan": did not fit. Activations are recomputed where the config says so.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import timing  # puts the project on the path
+from timing import machine, print_table
+
+from settings import load_config
+
+ONE = """
+import resource, sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
+import torch
+from timing import DEVICE, wait
+from models.schedules import make_schedule
+from models.unet import UNet
+from settings import load_config
+from train_diffusion import diffusion_loss
+from training import autocast, pick_precision
+config, channels, size, batch = {config!r}, *map(int, sys.argv[1:])
+s = load_config(config).diffusion
+net = UNet(channels, size, s.widths, s.blocks, s.attention, s.head_channels, s.dropout).to(DEVICE, memory_format=torch.channels_last)
+net.checkpointing = s.checkpointing
+optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=True)
+alphas, sigmas = make_schedule(s.schedule).tables(DEVICE)
+z, t = torch.randn(batch, channels, size, size, device=DEVICE), torch.randint(0, 1000, (batch,), device=DEVICE)
+seconds = []
+for _ in range(3):
+    wait()
+    started = time.perf_counter()
+    with autocast(DEVICE, pick_precision("auto", DEVICE)):
+        loss = diffusion_loss(net, z, torch.randn_like(z), t, alphas, sigmas, s.prediction).mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    wait()
+    seconds.append(time.perf_counter() - started)
+peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("found", min(seconds), peak)
+"""
+
+
+def step_of(config: str, channels: int, size: int, batch: int) -> tuple[float, float]:
+    """Seconds and bytes; NaN where it fails, with what it said."""
+    code = ONE.format(root=str(Path(timing.__file__).parent.parent), config=config)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, (channels, size, batch))], capture_output=True, text=True)
+    if done.returncode:
+        print((done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1], file=sys.stderr)
+        return float("nan"), float("nan")
+    return tuple(map(float, done.stdout.split("found ")[-1].split()))
+
+
+def main(path: str, batch: str = "1", *smaller: str) -> None:
+    config = load_config(path)
+    down = config.vae.patch * 2 ** (len(config.vae.widths) - 1)
+    latent = config.data.image_size // down
+    latents = step_of(path, config.vae.latent_channels, latent, int(batch))
+    rows = [
+        [
+            f"latents, {latent}x{latent}x{config.vae.latent_channels}",
+            f"{latents[0]:.2f}",
+            f"{latents[1] / 1e9:.2f} GB",
+            "",
+            "",
+        ]
+    ]
+    for size in [*map(int, smaller), config.data.image_size]:
+        seconds, peak = step_of(path, 3, size, int(batch))
+        ratios = f"{seconds / latents[0]:.1f}", f"{peak / latents[1]:.1f}"
+        rows.append([f"pixels, {size}x{size}x3", f"{seconds:.2f}", f"{peak / 1e9:.2f} GB", *ratios])
+    print(f"\na training step of the U-Net of {path}, batch {batch}, {machine()}\n")
+    print_table(["", "seconds", "peak memory", "seconds / latents'", "memory / latents'"], rows)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
