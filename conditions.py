@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip import ClipText
-from config import Config, Sampling, UserError
+from config import Config, Sampling
 from data import spread
+from lab.errors import UserError
 from latent_cache import CaptionEmbeddings, Encodings
 from models.conditioning import Conditioner, Labels, Raw, Text, Words, words_of
+from sources.clip import ClipText
 
 RARE = 2  # words that fewer training captions hold are unknown words
 MOST_WORDS = 10_000

@@ -18,10 +18,6 @@ from pydantic import (
 )
 
 
-class UserError(Exception):
-    """Something the user can put right. Scripts print it as one line and exit with code 2."""
-
-
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 

@@ -5,7 +5,7 @@ the normaliser and stores all with labels, captions, their embeddings where text
 nothing where the file is up to date, and goes on where it was interrupted.
 """
 
-import cli
+from lab import cli
 
 if __name__ == "__main__":
     cli.answer_early(__doc__)
@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import parallel
-from artifacts import fingerprint, load_plain, require_space, save_plain
-from clip import ClipText
-from config import Config, UserError
+from config import Config
 from data import Images, to_float
-from feed import Feed
+from lab import parallel
+from lab.artifacts import fingerprint, load_plain, require_space, save_plain
+from lab.errors import UserError
+from lab.feed import Feed
 from latent_cache import CaptionEmbeddings, Encodings
 from latent_diffusion import images_of, load_vae, vae_path
 from models.latents import Normaliser
 from sources import HELD_OUT, TRAIN
+from sources.clip import ClipText
 from training import autocast, compile_networks, pick_device, pick_precision
 
 PART = 8192  # images or captions between two writes: what an interruption can cost

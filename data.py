@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import parallel
-from artifacts import require_space
-from config import Config, UserError
-from sources import HELD_OUT, SOURCES, TRAIN, Source
+from config import Config
+from lab import parallel
+from lab.artifacts import require_space
+from lab.errors import UserError
+from sources import HELD_OUT, TRAIN
+from sources.images import SOURCES, Source
 
 MAX_SHOWN = 100
 MAX_DAMAGED = 0.01  # share of unreadable images above which the data is taken to be wrong

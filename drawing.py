@@ -7,14 +7,14 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-import parallel
-from calibration import Moments, calibration
 from conditions import Requests
 from config import Sampling
 from data import to_uint8
+from lab import parallel
+from lab.pictures import grid, save_png
 from latent_diffusion import LatentDiffusion
+from metrics.calibration import Moments, calibration
 from models.latents import Normaliser
-from pictures import grid, save_png
 from sampling import evaluations, sample
 from starts import Given, noise_of
 

@@ -12,7 +12,7 @@ evaluation.task=
 Everything is printed and written to results/ with its command, hardware and feature network.
 """
 
-import cli
+from lab import cli
 
 if __name__ == "__main__":
     cli.answer_early(__doc__)
@@ -23,18 +23,19 @@ import numpy as np
 import torch
 
 import conditions
-import judging
-import parallel
-import sampler_bench
-from artifacts import fingerprint, require_space, set_aside, write_atomically
-from config import Config, UserError
+from config import Config
 from data import spread, to_float
-from features import frechet, make_features
+from lab import parallel
+from lab.artifacts import fingerprint, require_space, set_aside, write_atomically
+from lab.errors import UserError
+from lab.pictures import grid, pairs, save_png
 from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion, encodings_by, images_of, load_vae
+from metrics import judging, sampler_bench
+from metrics.features import frechet, make_features
 from models.losses import make_perceptual, perceptual_weights
-from pictures import grid, pairs, save_png
-from sources import TRAIN, crop_of
+from sources import TRAIN
+from sources.images import crop_of
 from training import commit, hardware, parameters_of, pick_device, pick_precision
 
 

@@ -4,7 +4,7 @@ Samples images with the settings of config.sampling, writes a grid to results/ w
 prints a calibration line: how the spread of the generated latents compares with the training latents'.
 """
 
-import cli
+from lab import cli
 
 if __name__ == "__main__":
     cli.answer_early(__doc__)
@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-import parallel
-from artifacts import require_space, set_aside
-from calibration import advice
 from conditions import requested
-from config import Config, Sampling, UserError
+from config import Config, Sampling
 from data import to_uint8
 from drawing import Drawn, Wanted, draw
+from lab import parallel
+from lab.artifacts import require_space, set_aside
+from lab.errors import UserError
+from lab.pictures import grid, save_gif, save_png
 from latent_diffusion import LatentDiffusion
-from pictures import grid, save_gif, save_png
+from metrics.calibration import advice
 from starts import Given
 from training import commit, hardware, parameters_of, pick_device, pick_precision
 

@@ -5,7 +5,7 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
-from artifacts import first_line
+from lab.artifacts import first_line
 
 Forward = Callable[..., Tensor]  # tensors, all with a row per image -> a tensor
 WARM_UP = 3  # calls before a capture, in which cuDNN and cuBLAS choose kernels and allocate their workspaces

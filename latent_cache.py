@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from artifacts import fingerprint, load_plain, save_plain
-from clip import ClipText
-from config import Config, UserError
-from feed import Feed
+from config import Config
+from lab.artifacts import fingerprint, load_plain, save_plain
+from lab.errors import UserError
+from lab.feed import Feed
 from models.latents import Normaliser
+from sources.clip import ClipText
 
 OPTIONAL = ("mean_flipped", "labels", "held_out_labels", "captions", "held_out_captions", "text")
 

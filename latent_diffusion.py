@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from artifacts import fingerprint, load_network
-from config import Config, Sampling, UserError
+from config import Config, Sampling
 from data import Images, load_images
 from inference import Forward, Graphed, cast_weights
+from lab.artifacts import fingerprint, load_network
+from lab.errors import UserError
 from latent_cache import Encodings
 from models.conditioning import Raw
 from models.latents import Normaliser

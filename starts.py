@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from artifacts import first_line
-from config import Sampling, UserError
+from config import Sampling
 from data import to_float
+from lab.artifacts import first_line
+from lab.errors import UserError
 from latent_diffusion import LatentDiffusion
 from sampling import image_generators, randn, slerp
-from sources import decode
+from sources.images import decode
 
 
 def noise_of(s: Sampling, indices: range, shape: tuple, device) -> tuple[Tensor, list[torch.Generator]]:

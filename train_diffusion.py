@@ -4,7 +4,7 @@ Trains a U-Net on the scaled latents and writes runs/<name>/<diffusion.name>/une
 normaliser). Two schedules of one experiment live side by side. The same command resumes.
 """
 
-import cli
+from lab import cli
 
 if __name__ == "__main__":
     cli.answer_early(__doc__)
@@ -14,19 +14,20 @@ from PIL.Image import Image
 from torch import Tensor
 
 import conditions
-from artifacts import require_space
-from calibration import Moments
-from config import Config, Diffusion, UserError
+from config import Config, Diffusion
 from data import Shuffle, spread, to_uint8
-from feed import Feed
+from lab.artifacts import require_space
+from lab.errors import UserError
+from lab.feed import Feed
+from lab.pictures import grid
+from lab.run import Run, experiment_of, require_same_run
 from latent_diffusion import encodings_by, load_vae
+from metrics.calibration import Moments
 from models.conditioning import Raw
 from models.latents import Normaliser
 from models.schedules import Schedule, make_schedule, min_snr_weight, target
 from models.unet import UNet
 from models.vae import VAE
-from pictures import grid
-from run import Run, experiment_of, require_same_run
 from sampling import Threshold, image_generators, make_denoiser, randn, sample, spacing_for
 from training import (
     STATE_BYTES,

@@ -4,7 +4,7 @@ Trains a VAE on the images of config.data with reconstruction + perceptual + KL 
 runs/<name>/vae/vae.safetensors (EMA weights). The same command resumes.
 """
 
-import cli
+from lab import cli
 
 if __name__ == "__main__":
     cli.answer_early(__doc__)  # --help and a wrong config need no torch
@@ -16,15 +16,16 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from artifacts import require_space
-from config import Config, UserError, Vae
+from config import Config, Vae
 from data import Shuffle, find_images, to_float, to_uint8
-from feed import Feed
+from lab.artifacts import require_space
+from lab.errors import UserError
+from lab.feed import Feed
+from lab.pictures import pairs
+from lab.run import Run, experiment_of, require_same_run
 from models.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.losses import make_perceptual, perceptual_weights
 from models.vae import VAE, reconstruction_error
-from pictures import pairs
-from run import Run, experiment_of, require_same_run
 from sources import HELD_OUT, TRAIN
 from training import (
     STATE_BYTES,

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import parallel
-from artifacts import first_line
-from config import Training, UserError
-from feed import free_memory
+from config import Training
+from lab import parallel
+from lab.artifacts import first_line
+from lab.errors import UserError
+from lab.feed import free_memory
 
 # float32 weights, EMA, gradients and AdamW's two moments while training; on the disk two states (old and new) and a weights file
 TRAINING_BYTES, STATE_BYTES = 20, 40  # per parameter

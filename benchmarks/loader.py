@@ -20,11 +20,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-import synthetic_faces
 from data import Shuffle, load_images, to_float
-from feed import Feed
-from settings import load_config
-from sources import TRAIN
+from lab.feed import Feed
+from lab.settings import load_config
+from sources import TRAIN, synthetic_faces
 
 
 def write_pictures(folder: Path, count: int) -> None:

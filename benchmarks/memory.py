@@ -16,7 +16,7 @@ from pathlib import Path
 import timing  # puts the project on the path
 from timing import DEVICE, machine, print_table
 
-from settings import load_config
+from lab.settings import load_config
 
 ONE = """
 import resource, sys

@@ -13,7 +13,7 @@ from pathlib import Path
 import timing  # puts the project on the path
 from timing import machine, print_table
 
-from settings import load_config
+from lab.settings import load_config
 
 ONE = """
 import resource, sys, time
@@ -22,7 +22,7 @@ import torch
 from timing import DEVICE, wait
 from models.schedules import make_schedule
 from models.unet import UNet
-from settings import load_config
+from lab.settings import load_config
 from train_diffusion import diffusion_loss
 from training import autocast, pick_precision
 config, channels, size, batch = {config!r}, *map(int, sys.argv[1:])

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the project, before tor
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-import cli  # noqa: E402, F401
+from lab import cli  # noqa: E402, F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

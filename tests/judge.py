@@ -19,12 +19,12 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-import cli  # noqa: E402  (before torch: it sets how torch allocates)
-import synthetic_faces  # noqa: E402
 from data import to_float, to_uint8  # noqa: E402
+from lab import cli  # noqa: E402  (before torch: it sets how torch allocates)
 from latent_diffusion import LatentDiffusion  # noqa: E402
 from models.conditioning import Labels  # noqa: E402
 from sampling import image_generators, randn, sample  # noqa: E402
+from sources import synthetic_faces  # noqa: E402
 from training import autocast, hardware, pick_device, pick_precision  # noqa: E402
 
 NAMES = synthetic_faces.ATTRIBUTES

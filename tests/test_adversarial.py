@@ -8,7 +8,7 @@ from conftest import Experiment
 from safetensors.torch import load_file
 from torch import nn
 
-import run
+from lab import run
 from models.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 
 ON = (

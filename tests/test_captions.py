@@ -6,9 +6,9 @@ import zipfile
 import pytest
 from PIL import Image
 
-from config import UserError
 from data import load_images
-from settings import load_config
+from lab.errors import UserError
+from lab.settings import load_config
 from sources import HELD_OUT, TRAIN
 
 

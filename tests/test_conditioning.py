@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import conditions
-import judging
-from config import UserError
+from lab.errors import UserError
+from lab.settings import load_config
 from latent_cache import CaptionEmbeddings, Encodings
 from latent_diffusion import LatentDiffusion
+from metrics import judging
 from models.conditioning import Labels, Text, Words, make_conditioner, words_of
 from models.layers import CrossAttention
 from models.transformer import AdaLNZeroBlock, TransformerBottleneck
 from models.unet import UNet
-from settings import load_config
 
 CLASSES = ["diffusion.condition=class", "diffusion.labels=[hair_colour,glasses]", "diffusion.name=classes"]
 WORDS = [
@@ -417,7 +417,7 @@ def test_clip_tokens_are_those_of_the_caption_alone(tiny_clip):
     """Whatever it is batched with; against transformers on each caption without padding. What is too long is cut at 77."""
     from transformers import AutoTokenizer, CLIPTextModel
 
-    from clip import ClipText
+    from sources.clip import ClipText
 
     encoder = ClipText(str(tiny_clip), torch.device("cpu"))
     captions = ["red", "", "a long red dog of many words", "x " * 100]

@@ -6,8 +6,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from config import Config, UserError
-from settings import help_text, load_config, walk
+from config import Config
+from lab.errors import UserError
+from lab.settings import help_text, load_config, walk
 
 
 def write(tmp_path, text, name="c.yaml"):
@@ -117,7 +118,7 @@ def test_samplers_and_schedules_of_the_schema_exist():
 
     from models.schedules import PREDICTIONS, SCHEDULES
     from solvers import SAMPLERS
-    from sources import SOURCES
+    from sources.images import SOURCES
 
     fields = dict(walk(Config))
     assert set(get_args(fields["sampling.sampler"].annotation)) == set(SAMPLERS)

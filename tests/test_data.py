@@ -12,7 +12,6 @@ from conftest import noise_image
 from PIL import Image
 
 import data as data_module
-from config import UserError
 from data import (
     Shuffle,
     load_images,
@@ -20,10 +19,12 @@ from data import (
     to_float,
     to_uint8,
 )
-from feed import Feed
+from lab.errors import UserError
+from lab.feed import Feed
+from lab.settings import load_config
 from latent_cache import Encodings
-from settings import load_config
-from sources import HELD_OUT, TEST, TRAIN, crop_and_resize, decode
+from sources import HELD_OUT, TEST, TRAIN
+from sources.images import crop_and_resize, decode
 
 
 def settings(tmp_path, **data):
@@ -310,7 +311,7 @@ def test_cifar10(tmp_path, monkeypatch):
 
 
 def test_synthetic_faces_are_cached_with_labels_and_captions(tmp_path):
-    import synthetic_faces
+    from sources import synthetic_faces
 
     images = load_images(settings(tmp_path, source="synthetic_faces", count=40))
     assert len(images.rows(TRAIN)) == 40 and len(images.rows(HELD_OUT)) == 8

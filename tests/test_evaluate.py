@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sampler_bench import Row, advice, sliced_wasserstein
+from metrics.sampler_bench import Row, advice, sliced_wasserstein
 
 
 def test_distance_of_a_shift():

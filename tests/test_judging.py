@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-import judging
-from config import UserError
-from features import Features, frechet, kid, make_features, precision_recall
+from lab.errors import UserError
+from lab.settings import load_config
 from latent_diffusion import images_of, load_vae
+from metrics import judging
+from metrics.features import Features, frechet, kid, make_features, precision_recall
 from models.latents import Normaliser
 from models.schedules import make_schedule
-from settings import load_config
 
 CPU = torch.device("cpu")
 
@@ -172,7 +172,7 @@ def test_tasks(trained, mobilenet, capsys, task, files):
         assert len(list((trained.folder / "runs" / "cache").glob("features-*.pt"))) == 2  # and of mirrored images
     if task == "reconstruction":
         from data import load_images
-        from settings import load_config
+        from lab.settings import load_config
 
         images = load_images(load_config(trained.config, trained.argv()[1:]))
         sheet = np.asarray(Image.open(trained.folder / "results" / files[1]))

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torchvision.models as zoo
 
+from lab.settings import load_config
 from models.latents import Normaliser
 from models.layers import Attention, ResBlock, attend, timestep_embedding
 from models.losses import LPIPS, make_perceptual, perceptual_weights
 from models.schedules import PREDICTIONS, make_schedule
 from models.unet import UNet
 from models.vae import VAE, Posterior
-from settings import load_config
 from train_diffusion import diffusion_loss, draw_timesteps
 from training import EMA, learning_rate, parameters_of
 

@@ -15,14 +15,13 @@ from conftest import ROOT, Experiment
 from PIL import Image
 from safetensors.torch import load_file
 
-import cli
-import parallel
 from conditions import Requests
-from config import UserError
 from drawing import Wanted, draw
+from lab import cli, parallel
+from lab.errors import UserError
+from lab.settings import load_config
 from latent_diffusion import LatentDiffusion
 from models.unet import UNet
-from settings import load_config
 
 STAGES = ("train_vae", "create_encodings", "train_diffusion", "infer")
 LABELS = ("diffusion.condition=class", "diffusion.dropout=0.0", "sampling.labels=[{hat: 1}, {sex: 0}]", "sampling.strip=2", "sampling.batch_size=2")  # fmt: skip
@@ -161,7 +160,7 @@ def test_encoding_goes_on_where_it_was_interrupted(trained, tmp_path, monkeypatc
     import shutil
 
     import create_encodings
-    from artifacts import save_plain
+    from lab.artifacts import save_plain
 
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     experiment = Experiment(tmp_path)
@@ -191,7 +190,7 @@ def test_encoding_goes_on_where_it_was_interrupted(trained, tmp_path, monkeypatc
 WAITING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-import parallel  # loads torch, once for all four
+from lab import parallel  # loads torch, once for all four
 os.environ.update(WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
 rank = next((r for r in (1, 2, 3) if os.fork() == 0), 0)
 os.environ["RANK"] = str(rank)

@@ -17,14 +17,12 @@ from conftest import Experiment
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import artifacts
-import feed
-import run
+from lab import artifacts, feed, run
+from lab.settings import load_config
 from latent_cache import Encodings
 from latent_diffusion import images_of, load_vae
 from models.schedules import make_schedule
 from models.unet import UNet
-from settings import load_config
 
 
 def fails(experiment, capsys, stage, *overrides, code=2) -> str:
@@ -341,9 +339,9 @@ def test_a_strip_goes_from_noise_to_the_picture(trained, sampler):
 
 
 def test_calibration_by_hand():
-    from calibration import Moments, advice, calibration
+    from lab.settings import load_config
+    from metrics.calibration import Moments, advice, calibration
     from models.latents import Normaliser
-    from settings import load_config
 
     torch.manual_seed(0)
     train = Normaliser.measure(torch.randn(400, 2, 4, 4), "global")

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-import synthetic_faces as faces
+from sources import synthetic_faces as faces
 
 NAMES = list(faces.ATTRIBUTES)
 

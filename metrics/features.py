@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from artifacts import first_line
-from config import UserError
 from data import spread
+from lab.artifacts import first_line
+from lab.errors import UserError
 
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID (Bińkowski et al. 2018)

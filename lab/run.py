@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import parallel
-from artifacts import NoSpace, first_line, load_plain, load_weights, save_plain, save_weights
-from cli import Diverged, Stopped
-from config import Config, Logging, Training, UserError
-from logs import Writers
-from pictures import plot_curves, save_png
+from config import Config, Logging, Training
+from lab import parallel
+from lab.artifacts import NoSpace, first_line, load_plain, load_weights, save_plain, save_weights
+from lab.errors import Diverged, Stopped, UserError
+from lab.logs import Writers
+from lab.pictures import plot_curves, save_png
 from training import EMA, is_out_of_memory, learning_rate
 
 # What may differ when a run is resumed; everything else would make it another experiment.

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from artifacts import fingerprint, first_line
-from config import UserError
+from lab.artifacts import fingerprint, first_line
+from lab.errors import UserError
 
 
 class ClipText:

@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path, PurePosixPath
 
-from artifacts import first_line
-from config import UserError
+from lab.artifacts import first_line
+from lab.errors import UserError
+from sources import HELD_OUT, TRAIN
 
-TRAIN, HELD_OUT = 0, 1
 SPLITS = {"train": TRAIN, "val": HELD_OUT, "validation": HELD_OUT, "test": HELD_OUT}
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from config import Config, UserError
+from config import Config
+from lab.errors import UserError
 
 DEFAULT_CONFIG = "configs/celeba64.yaml"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from artifacts import write_atomically
+from lab.artifacts import write_atomically
 
 TITLE_SIZE, TITLE_LINE, TITLE_ADVANCE = 11, 14, 6  # pixels: of a letter, of a line, of a letter's step to the right at most
 

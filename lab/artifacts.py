@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import UserError
+from lab.errors import UserError
 
 
 class NoSpace(OSError):

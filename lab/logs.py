@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from artifacts import make_folder, noticing_a_full_disk, write_atomically
 from config import Logging
+from lab.artifacts import make_folder, noticing_a_full_disk, write_atomically
 
 
 class Writers:

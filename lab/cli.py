@@ -14,8 +14,9 @@ import traceback
 from pathlib import Path
 from typing import Callable
 
-from config import Config, UserError
-from settings import DEFAULT_CONFIG, help_text, load_config
+from config import Config
+from lab.errors import Diverged, Stopped, UserError
+from lab.settings import DEFAULT_CONFIG, help_text, load_config
 
 # Large pages for torch's CPU allocations, read when torch is loaded: up to 1.4x the training rate where page faults are dear.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -27,18 +28,6 @@ if not LEADS:
     os.environ["TQDM_DISABLE"] = "1"
 
 command = ""  # as it was called, for the records of what it makes
-
-
-class Stopped(Exception):
-    """The user or the system asked the stage to stop; its state is saved."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-class Diverged(Exception):
-    """Training met a loss that is not finite."""
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -78,7 +67,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     if {"--help", "-h"} & set(argv):
         print(help_text(doc))
         return 0
-    import parallel  # loads torch
+    from lab import parallel  # loads torch
 
     try:
         config, dry_run = parse(argv)
@@ -108,7 +97,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
 
 def answer_to(error: BaseException) -> tuple[str | None, int]:
     """One line and an exit code; None where nobody foresaw it."""
-    from artifacts import first_line
+    from lab.artifacts import first_line
     from training import is_out_of_memory
 
     if isinstance(error, UserError):

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from artifacts import load_plain, save_plain
 from conditions import Requests
-from config import Config, Sampling, UserError
+from config import Config, Sampling
 from data import Images, spread, to_float, to_uint8
 from drawing import Wanted, draw
-from features import Features, frechet, kid, precision_recall
+from lab.artifacts import load_plain, save_plain
+from lab.errors import UserError
 from latent_diffusion import LatentDiffusion
+from metrics.features import Features, frechet, kid, precision_recall
 from models.conditioning import Raw
 from models.latents import Normaliser
 from models.vae import VAE

@@ -16,13 +16,12 @@ from typing import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-import captions
-import synthetic_faces
-from artifacts import first_line
-from config import Data, UserError
+from config import Data
+from lab.artifacts import first_line
+from lab.errors import UserError
+from sources import HELD_OUT, TRAIN, captions, synthetic_faces
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-TRAIN, HELD_OUT, TEST = 0, 1, 2
 CELEBA_SIZE = (178, 218)
 CELEBA_BOXES = {"ddim": (25, 57, 153, 185), "center140": (19, 39, 159, 179)}  # left, top, right, bottom of 178×218
 

@@ -4,7 +4,7 @@ A face is a pure function of (seed, index): every random number is a hash of (se
 generator state, and image i never depends on its neighbours in a batch. Drawing is signed distances turned into one-pixel
 coverage, painted back to front; coordinates are fractions of the frame, so the same face comes out at every size.
 
-    python synthetic_faces.py sheet.png      # an 8 x 8 contact sheet with captions on stdout
+    python -m sources.synthetic_faces sheet.png      # an 8 x 8 contact sheet with captions on stdout
 """
 import os
 import sys

@@ -1,0 +1,1 @@
+"""What evaluate.py and the calibration line measure."""
