@@ -57,7 +57,8 @@ def settings_for(config: Config, encodings: Encodings) -> dict | None:
         long = sum(len(words_of(text)) > config.text.max_words for text in chain.from_iterable(encodings.captions))
         if long:
             print(f"note: {long:,} captions are longer than text.max_words={config.text.max_words} words and are cut")
-        return dict(kind="words", vocabulary=vocabulary, width=config.text.width, layers=config.text.layers, max_words=config.text.max_words, pairs=pairs)  # fmt: skip
+        sizes = dict(width=config.text.width, layers=config.text.layers, max_words=config.text.max_words)
+        return dict(kind="words", vocabulary=vocabulary, pairs=pairs, **sizes)
     text = encodings.text
     return dict(
         kind="text", model=text.model, fingerprint=text.fingerprint, token_dim=text.width, null_length=len(text.null())
@@ -101,7 +102,9 @@ def of_split(conditioner: Conditioner, encodings: Encodings, held_out: bool, dev
         return _of_captions(texts, _numbers(conditioner, texts, device))
     if encodings.text is None or encodings.text.fingerprint != conditioner.fingerprint:
         there = encodings.text.model if encodings.text else "no text encoder"
-        raise UserError(f"the captions of encodings.pt were embedded by {there}, the model was trained with {conditioner.model}: {REMEDY}")  # fmt: skip
+        raise UserError(
+            f"the captions of encodings.pt were embedded by {there}, the model was trained with {conditioner.model}: {REMEDY}"
+        )
     first = sum(map(len, encodings.captions)) if held_out else 0
     return _of_captions(texts, lambda rows: encodings.text.take(rows + first, device))
 
@@ -168,8 +171,8 @@ def requested(config: Config, conditioner: Conditioner | None, device: torch.dev
     s = config.sampling
     if conditioner is None:
         if s.labels is not None or s.prompts is not None:
-            key = "labels" if s.labels is not None else "prompts"
-            raise UserError(f"sampling.{key}: this model is unconditional; train one with diffusion.condition={'class' if key == 'labels' else 'text'}")  # fmt: skip
+            key, condition = ("labels", "class") if s.labels is not None else ("prompts", "text")
+            raise UserError(f"sampling.{key}: this model is unconditional; train one with diffusion.condition={condition}")
         return Requests([], None)
     if isinstance(conditioner, Labels):
         if s.prompts is not None:
@@ -221,7 +224,10 @@ def _pairs(entry, names: dict[str, list[str]]) -> list[tuple[str, object]]:
                 raise UserError(f"sampling.labels: {name!r} is not a label of this model; there are: {', '.join(names)}")
         return list(entry.items())
     if len(names) > 1:
-        raise UserError(f"sampling.labels: {entry!r}: this model has the labels {', '.join(names)}; say which, as in {{{next(iter(names))}: {entry}}}")  # fmt: skip
+        raise UserError(
+            f"sampling.labels: {entry!r}: this model has the labels {', '.join(names)}; say which, as in "
+            f"{{{next(iter(names))}: {entry}}}"
+        )
     return [(next(iter(names)), entry)]
 
 

@@ -302,8 +302,8 @@ class Config(Section):
         cross = self.diffusion.cross_attention
         if self.diffusion.condition == "text" and not {latent >> level for level in range(halvings + 1)} & set(cross):
             raise ValueError(
-                f"diffusion.cross_attention {cross} names none of the widths that latents of {latent} have in the U-Net; with diffusion.condition=text "
-                f"some are to attend to the caption"
+                f"diffusion.cross_attention {cross} names none of the widths that latents of {latent} have in the U-Net; with "
+                f"diffusion.condition=text some are to attend to the caption"
             )
         s = self.sampling
         if (
@@ -318,7 +318,8 @@ class Config(Section):
             )
         if self.diffusion.condition == "none" and s.guidance != 1 and s.autoguidance is None:
             raise ValueError(
-                f"sampling.guidance={s.guidance:g} with diffusion.condition=none: the model has nothing to be guided by; set it to 1, or name a weaker model with sampling.autoguidance"
+                f"sampling.guidance={s.guidance:g} with diffusion.condition=none: the model has nothing to be guided by; set it to 1, "
+                f"or name a weaker model with sampling.autoguidance"
             )
         if s.labels is not None and s.prompts is not None:
             raise ValueError("sampling.labels and sampling.prompts exclude each other")

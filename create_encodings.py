@@ -28,7 +28,7 @@ from lab.artifacts import fingerprint, load_plain, require_space, save_plain
 from lab.errors import UserError
 from lab.feed import Feed
 from latent_cache import CaptionEmbeddings, Encodings
-from latent_diffusion import images_of, load_vae, vae_path
+from latent_diffusion import images_of, load_vae, note_if_stopped, vae_path
 from models.latents import Normaliser
 from sources import HELD_OUT, TRAIN
 from sources.clip import ClipText
@@ -45,10 +45,7 @@ def encode(config: Config, dry_run: bool) -> None:
     vae, header = load_vae(config, device)
     vae_fingerprint = fingerprint(vae.state_dict())
     images = images_of(config, header)
-    if not header["complete"]:
-        print(
-            f"note: {vae_path(config)} stopped at step {header['step']:,} of {header['steps']:,}; train_vae.py goes on from there"
-        )
+    note_if_stopped(vae_path(config), header, "train_vae.py")
     rows = {split: images.rows(split) for split in (TRAIN, HELD_OUT)}
     side = header["image_size"] // vae.downsampling
     per_image = side * side * vae.latent_channels * 2  # bytes

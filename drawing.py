@@ -41,7 +41,7 @@ class Drawn:
     frames: dict[int, list[Tensor]] = field(default_factory=dict)  # image -> its z0_hat (C, h, w), from noise to picture
 
     def calibration(self, normaliser: Normaliser, values: int) -> dict:
-        """Of latents and of so many values of pixels in all."""
+        """The figures of the calibration line; `values` is how many values the decoded pictures have in all."""
         return calibration(self.moments, normaliser, self.clamped / max(self.seen, 1), self.out_of_range / values)
 
     @classmethod

@@ -33,10 +33,9 @@ from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion, encodings_by, images_of, load_vae
 from metrics import judging, sampler_bench
 from metrics.features import frechet, make_features
-from models.losses import make_perceptual, perceptual_weights
 from sources import TRAIN
 from sources.images import crop_of
-from training import commit, hardware, parameters_of, pick_device, pick_precision
+from training import commit, hardware, load_perceptual, parameters_of, pick_device, pick_precision
 
 
 def evaluate(config: Config, dry_run: bool) -> None:
@@ -140,19 +139,17 @@ def generation(config: Config, dry_run: bool) -> None:
     for i, neighbours in copies.nearest[:12]:
         sheet += [made[i], *(images.pixels[rows[j % len(rows)]][:, :: 1 if j < len(rows) else -1] for j in neighbours)]
     save_png(
-        grid(np.stack(sheet), 3 * (1 + judging.NEIGHBOURS)), Path(config.results_dir) / f"{name}_generation_nearest.png"
+        grid(np.stack(sheet), 3 * (1 + judging.SHOWN_NEIGHBOURS)),
+        Path(config.results_dir) / f"{name}_generation_nearest.png",
     )
 
 
 def reconstruction(config: Config, dry_run: bool) -> None:
-    e, p, device = config.evaluation, config.vae.perceptual, pick_device(config.device)
+    e, device = config.evaluation, pick_device(config.device)
     dtype = pick_precision(e.precision, device)
     vae, header = load_vae(config, device)
     features = make_features(e.features, e.weights, device)
-    try:
-        perceptual = make_perceptual(p.net, perceptual_weights(p.net, p.weights)).to(device) if p.net != "none" else None
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from None
+    perceptual = load_perceptual(config.vae.perceptual, device)
     name = f"{config.name}_reconstruction"
     plan(config, f"VAE of {parameters_of(vae) / 1e6:.2f}M parameters, step {header['step']:,}, on held-out images", device, dtype,
          [f"{name}.md", f"{name}.png"])  # fmt: skip

@@ -122,7 +122,8 @@ def page_of_text(path: Path) -> str:
     """A Markdown page that evaluate.py wrote, as it is; its plot above it."""
     plot = path.with_suffix(".png")
     shown = f'<p><img loading="lazy" src="{html.escape(plot.name)}" alt="plot"></p>' if plot.exists() else ""
-    return f"<section><h3>{html.escape(path.stem)}</h3>{shown}<details><summary>figures</summary><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre></details></section>"
+    figures = html.escape(path.read_text(encoding="utf-8"))
+    return f"<section><h3>{html.escape(path.stem)}</h3>{shown}<details><summary>figures</summary><pre>{figures}</pre></details></section>"
 
 
 def first_pair(grids: list[Grid]) -> tuple[int, int]:

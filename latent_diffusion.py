@@ -37,10 +37,7 @@ class LatentDiffusion:
                 f"{self.path} was trained on encodings of another VAE ({self.header['vae_fingerprint']}) than {vae_path(config)} holds "
                 f"({fingerprint(self.vae.state_dict())}): run create_encodings.py and train_diffusion.py"
             )
-        if not self.header["complete"]:
-            print(
-                f"note: {self.path} stopped at step {self.header['step']:,} of {self.header['steps']:,}; train_diffusion.py goes on from there"
-            )
+        note_if_stopped(self.path, self.header, "train_diffusion.py")
         check_encodings(config, self.path, self.header)
         try:
             self.normaliser = Normaliser.from_state_dict(extra, "normaliser.").to(device)
@@ -51,9 +48,8 @@ class LatentDiffusion:
             raise UserError(f"{self.path} is not as this version writes it ({error!r}): train it again") from None
         self.fingerprint = fingerprint(self.unet.state_dict())
         self.weaker = self._load_weaker(config.sampling)
-        if (
-            config.compile is True
-        ):  # by "auto" not: a grid is drawn before compiling pays, while a graph is captured in a second
+        # Not by "auto": a grid is drawn before compiling pays, while a graph is captured in a second.
+        if config.compile is True:
             compile_networks(True, device, self.unet, self.vae.decoder)
         self._graphs = device.type == "cuda" and config.compile is not False
         self._forward = self._ready(self.unet)
@@ -153,6 +149,11 @@ class LatentDiffusion:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w): posterior means, scaled."""
         with autocast(self.device, self.dtype):
             return self.normaliser.normalise(self.vae.encode(images.to(self.device)).mean)
+
+
+def note_if_stopped(path: Path, header: dict, made_by: str) -> None:
+    if not header["complete"]:
+        print(f"note: {path} stopped at step {header['step']:,} of {header['steps']:,}; {made_by} goes on from there")
 
 
 def vae_path(config: Config) -> Path:

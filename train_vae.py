@@ -10,7 +10,8 @@ if __name__ == "__main__":
     cli.answer_early(__doc__)  # --help and a wrong config need no torch
 
 import torch
-from torch import Tensor
+from PIL.Image import Image
+from torch import Tensor, nn
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
@@ -19,12 +20,10 @@ from torchmetrics.functional.image import (
 from config import Config, Vae
 from data import Shuffle, find_images, to_float, to_uint8
 from lab.artifacts import require_space
-from lab.errors import UserError
 from lab.feed import Feed
 from lab.pictures import pairs
 from lab.run import Run, experiment_of, require_same_run
 from models.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from models.losses import make_perceptual, perceptual_weights
 from models.vae import VAE, reconstruction_error
 from sources import HELD_OUT, TRAIN
 from training import (
@@ -32,6 +31,7 @@ from training import (
     TRAINING_BYTES,
     autocast,
     compile_networks,
+    load_perceptual,
     parameters_of,
     pick_device,
     pick_precision,
@@ -46,7 +46,7 @@ def train(config: Config, dry_run: bool) -> None:
     s, device = config.vae, pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     folder = config.run_dir / "vae"
-    perceptual = load_perceptual(s, device)
+    perceptual = load_perceptual(s.perceptual, device) if s.perceptual.weight > 0 else None
     found = find_images(config)
     torch.manual_seed(config.seed)
     vae = VAE(s.widths, s.blocks, s.latent_channels, s.attention, s.patch, s.output).to(
@@ -78,10 +78,10 @@ def train(config: Config, dry_run: bool) -> None:
     pixels = Feed([torch.from_numpy(images.pixels)], device)
     order = Shuffle(len(train_rows), config.seed)
     print(f"pixels: {pixels}")
-    judge = None
+    discriminator = None
     if s.adversarial.weight > 0:
         torch.manual_seed(config.seed + 1)
-        judge = PatchDiscriminator(s.adversarial.width).to(device, memory_format=torch.channels_last)
+        discriminator = PatchDiscriminator(s.adversarial.width).to(device, memory_format=torch.channels_last)
     experiment = experiment_of(config, "vae", data_fingerprint=images.fingerprint)
 
     header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint)
@@ -90,7 +90,7 @@ def train(config: Config, dry_run: bool) -> None:
     # The adaptive weight asks for the gradient of the decoder's last layer alone, twice: a decoder compiled whole would go back all
     # the way each time, and what is compiled behind that layer would have thrown away what the second time needs.
     whole = [vae, *([perceptual] if perceptual else [])]
-    compile_networks(config.compile, device, *([*vae.encoder, *vae.decoder[:-2]] if judge else whole))
+    compile_networks(config.compile, device, *([*vae.encoder, *vae.decoder[:-2]] if discriminator else whole))
     with Run(
         folder,
         vae,
@@ -100,7 +100,7 @@ def train(config: Config, dry_run: bool) -> None:
         config.logging,
         "vae.safetensors",
         header,
-        companion=judge,
+        companion=discriminator,
         companion_lr=s.adversarial.lr,
     ) as run:
         if run.over:
@@ -137,42 +137,38 @@ def train(config: Config, dry_run: bool) -> None:
                 error = reconstruction_error(s.reconstruction, x, y).mean(dim=(1, 2, 3))  # (B,)
                 kl = posterior.kl().mean(dim=(1, 2, 3))  # (B,) nats per latent dimension
                 loss = error + s.perceptual.weight * distance.float() + kl_weight * kl
-                if judge is None or run.step < s.adversarial.start:
+                if discriminator is None or run.step < s.adversarial.start:
                     run.accumulate(loss, loss, reconstruction=error, perceptual=distance, nats_per_dim=kl)
                     return
-                judge.requires_grad_(False)  # the VAE's step must leave no gradient in the discriminator
+                discriminator.requires_grad_(False)  # the VAE's step must leave no gradient in the discriminator
                 with autocast(device, dtype):
-                    fooling = generator_loss(judge(y))  # (B,)
+                    fooling = generator_loss(discriminator(y))  # (B,)
                 weight = s.adversarial.weight * adaptive_weight(loss.mean(), fooling.mean(), vae.last_layer)
                 run.accumulate(loss + weight * fooling, loss, reconstruction=error, perceptual=distance, nats_per_dim=kl,
                                fooling=fooling, adaptive_weight=weight.expand(len(x)))  # fmt: skip
-                judge.requires_grad_(True)
+                discriminator.requires_grad_(True)
                 with autocast(device, dtype):
-                    judging = discriminator_loss(judge(x), judge(y.detach()))  # (B,)
-                run.accumulate_companion(judging, discriminator=judging)
+                    told_apart = discriminator_loss(discriminator(x), discriminator(y.detach()))  # (B,)
+                run.accumulate_companion(told_apart, discriminator=told_apart)
 
             run.take_step(backward)
     run.stop_if_told()
     print(f"done: {folder}/vae.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
 
 
-def load_perceptual(s: Vae, device: torch.device):
-    """The perceptual distance of the settings, or None. Raises UserError naming the ways out where its weights are missing."""
-    if s.perceptual.net == "none" or s.perceptual.weight == 0:
-        return None
-    try:
-        return make_perceptual(s.perceptual.net, perceptual_weights(s.perceptual.net, s.perceptual.weights)).to(
-            device, memory_format=torch.channels_last
-        )
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from None
-
-
 @torch.no_grad()
 def evaluate(
-    vae: VAE, pixels: Feed, rows: Tensor, perceptual, s: Vae, at_once: int, device: torch.device, dtype: torch.dtype
-):
-    """Of the images at these rows: figures of the reconstruction from the posterior mean, averaged over images, and a sheet of originals over reconstructions."""
+    vae: VAE,
+    pixels: Feed,
+    rows: Tensor,
+    perceptual: nn.Module | None,
+    s: Vae,
+    at_once: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[dict[str, float], Image]:
+    """Of the images at these rows (N,): figures of the reconstruction from the posterior mean, averaged over images, and a sheet of
+    originals over reconstructions."""
     sums: dict[str, float] = {}
     n, shown = len(rows), []
     for part in rows.split(at_once):

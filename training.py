@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import Training
+from config import Perceptual, Training
 from lab import parallel
 from lab.artifacts import first_line
 from lab.errors import UserError
 from lab.feed import free_memory
+from models.losses import make_perceptual, perceptual_weights
 
 # float32 weights, EMA, gradients and AdamW's two moments while training; on the disk two states (old and new) and a weights file
 TRAINING_BYTES, STATE_BYTES = 20, 40  # per parameter
@@ -85,6 +86,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(t in str(error) for t in texts)
     )
+
+
+def load_perceptual(p: Perceptual, device: torch.device) -> nn.Module | None:
+    """The perceptual distance of these settings, frozen: images (B, 3, H, W) in [-1, 1], twice -> (B,). Raises UserError naming the ways out
+    where its weights are missing."""
+    if p.net == "none":
+        return None
+    try:
+        return make_perceptual(p.net, perceptual_weights(p.net, p.weights)).to(device, memory_format=torch.channels_last)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def parameters_of(net: nn.Module) -> int:

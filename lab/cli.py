@@ -110,7 +110,8 @@ def answer_to(error: BaseException) -> tuple[str | None, int]:
         return "interrupted", 130
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "the run directory"
-        return f"error: no space left on the disk of {where}; what was saved before is whole: free some space and run the same command again", 2  # fmt: skip
+        remedy = "what was saved before is whole: free some space and run the same command again"
+        return f"error: no space left on the disk of {where}; {remedy}", 2
     if is_out_of_memory(error):
         return f"error: out of memory, use a smaller batch_size, or micro_batch in training ({first_line(error)})", 2
     return None, 1

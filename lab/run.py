@@ -312,7 +312,7 @@ class Run:
         if self.companion is not None:
             state |= dict(companion=self.companion.state_dict(), companion_optimizer=self.companion_optimizer.state_dict())
         with contextlib.nullcontext() if self.over else _surviving_a_full_disk(f"the state of step {self.step}"):
-            # In this order: cut off between the two, a resumed run makes the same weights again.
+            # In this order: if it is cut off between the two, the run resumes from the older state and makes these weights again.
             self._save_weights(self.weights)
             save_plain(self.folder / "state.pt", state)
         self._saved_at = time.monotonic()

@@ -25,7 +25,7 @@ from sources import HELD_OUT, TEST
 from training import autocast
 
 DEAD_STD, TAIL_KURTOSIS, ENOUGH_PSNR = 0.1, 10.0, 24.0  # what makes the latent card say NO-GO
-NEIGHBOURS = 3  # training images shown beside a generated one
+SHOWN_NEIGHBOURS = 3  # training images shown beside a generated one
 NEAR = 0.01  # of held-out pictures: nearer to a training image than the others
 
 
@@ -36,8 +36,10 @@ def held_out_pixels(images: Images, at_most: int) -> np.ndarray:
     """uint8 (N, H, W, 3), spread evenly over the held-out split and the test split behind it, as class folders come sorted. Raises
     UserError where they are too few to judge by."""
     rows = spread(np.concatenate([images.rows(HELD_OUT), images.rows(TEST)]), at_most)
-    if len(rows) < 2 * NEIGHBOURS + 2:
-        raise UserError(f"{len(rows)} held-out images are too few to judge by; at least {2 * NEIGHBOURS + 2} are needed")
+    if len(rows) < 2 * SHOWN_NEIGHBOURS + 2:
+        raise UserError(
+            f"{len(rows)} held-out images are too few to judge by; at least {2 * SHOWN_NEIGHBOURS + 2} are needed"
+        )
     return images.pixels[rows]
 
 
@@ -102,7 +104,8 @@ class Distance:
         return cls(what, len(found), frechet(found, training), *kid(found, training), *precision_recall(found, training))
 
     def cells(self) -> list[str]:
-        return [self.what, f"{self.n:,}", f"{self.frechet:.1f}", f"{1000 * self.kid:.2f} ± {1000 * self.kid_std:.2f}", f"{self.precision:.3f}", f"{self.recall:.3f}"]  # fmt: skip
+        kid = f"{1000 * self.kid:.2f} ± {1000 * self.kid_std:.2f}"
+        return [self.what, f"{self.n:,}", f"{self.frechet:.1f}", kid, f"{self.precision:.3f}", f"{self.recall:.3f}"]
 
 
 DISTANCE_HEADINGS = ("pictures", "N", "Fréchet distance", "KID · 1000", "precision", "recall")
@@ -112,7 +115,9 @@ DISTANCE_HEADINGS = ("pictures", "N", "Fréchet distance", "KID · 1000", "preci
 class Memorisation:
     """How near generated pictures lie to training images, in features."""
 
-    nearest: list[tuple[int, list[int]]]  # generated pictures, those nearest to a training image first, with its NEIGHBOURS
+    nearest: list[
+        tuple[int, list[int]]
+    ]  # generated pictures, those nearest to a training image first, with its SHOWN_NEIGHBOURS
     median: float
     median_held_out: float
     near: (
@@ -124,7 +129,7 @@ class Memorisation:
         """From features (N, D), (M, D) and (T, D)."""
 
         def to_training(features: Tensor) -> tuple[Tensor, Tensor]:
-            parts = [torch.cdist(part, training).topk(NEIGHBOURS, largest=False) for part in features.split(256)]
+            parts = [torch.cdist(part, training).topk(SHOWN_NEIGHBOURS, largest=False) for part in features.split(256)]
             return torch.cat([p.values[:, 0] for p in parts]), torch.cat([p.indices for p in parts])
 
         distances, neighbours = to_training(found)

@@ -41,7 +41,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """|grad of the reconstruction loss| / |grad of the adversarial loss| at the decoder's last layer (eq. 7), a number without
-    gradient: neither term then drowns the other. Of the images that both losses (scalars) are of; their graph is kept."""
+    gradient: neither term then drowns the other. Both losses are means (scalars) over the same images; their graph is kept."""
     there = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm() for loss in (reconstruction, adversarial)
     ]

@@ -120,7 +120,7 @@ class UNet(nn.Module):
 
         def through(modules: nn.ModuleList, h: Tensor) -> Tensor:
             inputs = modules, h, emb, tokens, mask
-            return recomputed(run, *inputs) if self.checkpointing else run(*inputs)
+            return recomputed(in_order, *inputs) if self.checkpointing else in_order(*inputs)
 
         h = self.conv_in(z_t)
         skips = [h]
@@ -133,7 +133,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
-def run(modules: nn.ModuleList, h: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+def in_order(modules: nn.ModuleList, h: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
     """Apply modules in order, each with what it needs beside the map."""
     for module in modules:
         if isinstance(module, (ResBlock, TransformerBottleneck)):

@@ -72,7 +72,9 @@ def coco(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
     and val. An annotation file of whose pictures none are there is left out. Raises UserError."""
     annotations = [n for n in files.stamps if re.fullmatch(r"captions_(train|val)\d*\.json", Path(n).name)]
     if not annotations:
-        raise UserError("data.path: no captions_train*.json or captions_val*.json of COCO is there; other captioned pictures: data.source=folder")  # fmt: skip
+        raise UserError(
+            "data.path: no captions_train*.json or captions_val*.json of COCO is there; other captioned pictures: data.source=folder"
+        )
     by_end = {"/".join(PurePosixPath(n).parts[-2:]): n for n in files.images}  # "train2017/000000000009.jpg"
     captions, splits = {}, {}
     for name in annotations:

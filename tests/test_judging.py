@@ -88,7 +88,7 @@ def test_memorisation_finds_a_copy():
     made[7] = training[20]
     found = judging.Memorisation.of(made, held_out, training)
     first, neighbours = found.nearest[0]
-    assert (first, neighbours[0]) == (7, 20) and len(neighbours) == judging.NEIGHBOURS and found.near >= 1 / 15
+    assert (first, neighbours[0]) == (7, 20) and len(neighbours) == judging.SHOWN_NEIGHBOURS and found.near >= 1 / 15
     distances = torch.cdist(made, training).min(dim=1).values
     assert (
         found.median == pytest.approx(float(distances.median()))
@@ -180,7 +180,7 @@ def test_tasks(trained, mobilenet, capsys, task, files):
 
 
 def test_too_few_held_out_images(trained, capsys, mobilenet, monkeypatch):
-    monkeypatch.setattr(judging, "NEIGHBOURS", 30)
+    monkeypatch.setattr(judging, "SHOWN_NEIGHBOURS", 30)
     argv = ("evaluation.features=mobilenet_v2", f"evaluation.weights={mobilenet}")
     assert trained.run("evaluate", *argv) == 2 and "too few to judge by" in capsys.readouterr().err
 
