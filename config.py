@@ -1,4 +1,4 @@
-"""The schema of an experiment: every key, its type, its default and its meaning. settings.py reads files into it.
+"""The schema of an experiment: every key, its type, its default and its meaning. lab/settings.py reads files into it.
 
 Nothing here needs torch, so that --help and a wrong key cost no waiting.
 """
@@ -232,6 +232,9 @@ class Evaluation(Section):
         "generation", "what evaluate.py judges; its --help says what each does"
     )
     images: Annotated[int, Field(ge=8)] = key(256, "images to judge: noises of the samplers, generated, held-out")
+    generated: Optional[Annotated[int, Field(ge=8)]] = key(
+        None, "generation: so many instead; the Fréchet distance wants more of them than features (2,048 of Inception)"
+    )
     reference: Annotated[int, Field(ge=8)] = key(10000, "generation: at most so many training images to compare with")
     features: Literal["inception", "mobilenet_v2", "mobilenet_v2_keras"] = key(
         "inception", "network whose features the distances are of; figures of two networks are never comparable"
@@ -306,16 +309,6 @@ class Config(Section):
                 f"diffusion.condition=text some are to attend to the caption"
             )
         s = self.sampling
-        if (
-            self.diffusion.condition != "none"
-            and self.diffusion.cfg_dropout == 0
-            and s.guidance != 1
-            and s.autoguidance is None
-        ):
-            raise ValueError(
-                f"sampling.guidance={s.guidance:g} with diffusion.cfg_dropout=0: the null condition to guide away from is never trained; "
-                f"set one to 1, or the other to 0.1"
-            )
         if self.diffusion.condition == "none" and s.guidance != 1 and s.autoguidance is None:
             raise ValueError(
                 f"sampling.guidance={s.guidance:g} with diffusion.condition=none: the model has nothing to be guided by; set it to 1, "

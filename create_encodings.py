@@ -58,13 +58,14 @@ def encode(config: Config, dry_run: bool) -> None:
     )
     captions = {split: [images.captions[i] for i in rows[split]] if images.captions is not None else None for split in rows}
     labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
-    if is_current(path, vae_fingerprint, images, captions, labels, config):
-        print(f"{path}: up to date")
-        return
     encoder, texts = None, []
     if config.text.encoder == "clip" and images.captions is not None:
         encoder = ClipText(config.text.model, device)
         texts = [text for split in rows for theirs in captions[split] for text in theirs] + [""]  # the null condition
+    if is_current(path, vae_fingerprint, images, captions, labels, encoder, config):
+        print(f"{path}: up to date")
+        return
+    if encoder:
         embedded = len(texts) * TOKENS * encoder.width * 2  # bytes
         require_space(config.run_dir, 2 * (stored * per_image + embedded))
         print(f"captions: {len(texts) - 1:,} through {encoder.model}, about {embedded / 1e6:,.0f} MB")
@@ -152,7 +153,7 @@ def encode(config: Config, dry_run: bool) -> None:
 def in_parts(folder: Path, title: str, unit: str, n: int, make: Callable[[range, Callable], dict]) -> list[Path]:
     """What make(part, advance) gives for each PART of 0 … n-1, a file for each part, made by the process it falls to. A part that an
     interrupted pass has left is not made again."""
-    at_once = min(PART, -(-n // parallel.size()))  # something for every process
+    at_once = min(PART, -(-n // parallel.size()))  # shared by all processes
     parts = [range(start, min(start + at_once, n)) for start in range(0, n, at_once)]
     files = [folder / f"{title.replace(' ', '-')}-{part.start:09d}-{part.stop:09d}.pt" for part in parts]
     mine = list(zip(parts, files))[parallel.rank() :: parallel.size()]
@@ -187,7 +188,15 @@ def embedding(encoder: ClipText, captions: list[str], batch_size: int) -> Callab
     return make
 
 
-def is_current(path: Path, vae_fingerprint: str, images: Images, captions: dict, labels: dict, config: Config) -> bool:
+def is_current(
+    path: Path,
+    vae_fingerprint: str,
+    images: Images,
+    captions: dict,
+    labels: dict,
+    encoder: ClipText | None,
+    config: Config,
+) -> bool:
     """Does the file hold what this run would write? A damaged one does not."""
     try:
         there = Encodings.load(path)
@@ -199,6 +208,7 @@ def is_current(path: Path, vae_fingerprint: str, images: Images, captions: dict,
         and there.label_names == images.label_names
         and (there.labels is None or torch.equal(there.labels, labels[TRAIN]))
         and (there.held_out_labels is None or torch.equal(there.held_out_labels, labels[HELD_OUT]))
+        and (encoder is None or (there.text is not None and there.text.fingerprint == encoder.fingerprint))
         and not there.differences(config)
     )
 

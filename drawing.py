@@ -67,7 +67,7 @@ def draw(
     options = model.options(s) | {"x0_range": threshold, "strength": strength}
     calls = evaluations(s.sampler, len(model.steps_of(s, strength)))
     framed = set(np.linspace(0, calls - 1, s.strip).round().astype(int).tolist())  # evaluations shown in the strip
-    at_once = min(s.batch_size, -(-wanted.count // parallel.size()))  # something for every process
+    at_once = min(s.batch_size, -(-wanted.count // parallel.size()))  # shared by all processes
     starts = range(0, wanted.count, at_once)[parallel.rank() :: parallel.size()]
     batches = [range(start, min(start + at_once, wanted.count)) for start in starts]
     with tqdm(total=sum(map(len, batches)) * calls, unit="eval", desc="sampling") as bar:

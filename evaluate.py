@@ -35,7 +35,7 @@ from metrics import judging, sampler_bench
 from metrics.features import frechet, make_features
 from sources import TRAIN
 from sources.images import crop_of
-from training import commit, hardware, load_perceptual, parameters_of, pick_device, pick_precision
+from training import hardware, load_perceptual, parameters_of, pick_device, pick_precision
 
 
 def evaluate(config: Config, dry_run: bool) -> None:
@@ -57,7 +57,7 @@ def publish(config: Config, name: str, device: torch.device, of: str, text: str)
     path, made_by = Path(config.results_dir) / f"{name}.md", f"`{cli.command}`, {of}"
     if path.exists() and made_by not in path.read_text(encoding="utf-8"):
         set_aside(path.parent, name, (".md", ".png", "_nearest.png"))
-    page = f"{text}\n\n{made_by}, on {hardware(device)}, commit {commit()}.\n"
+    page = f"{text}\n\n{made_by}, on {hardware(device)}, commit {cli.commit()}.\n"
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     print(text)
     print(f"done: {path}")
@@ -78,23 +78,23 @@ def plan(config: Config, what: str, device: torch.device, dtype: torch.dtype, fi
 
 def generation(config: Config, dry_run: bool) -> None:
     e, s, device = config.evaluation, config.sampling, pick_device(config.device)
-    dtype = pick_precision(e.precision, device)
+    dtype, count = pick_precision(e.precision, device), e.generated or e.images
     model = LatentDiffusion(config, device, dtype)
     model.steps_of(s)
     encodings = encodings_by(model.vae, config) if model.unet.conditioner else None
     features = make_features(e.features, e.weights, device)
     name = f"{config.name}_{config.diffusion_name}_{s.sampler}{s.steps}" + (f"_w{s.guidance:g}" if s.guidance != 1 else "")
-    plan(config, f"{e.images:,} generated images by {s.sampler}, {s.steps} steps, in features of {features.name}", device, dtype,
+    plan(config, f"{count:,} generated images by {s.sampler}, {s.steps} steps, in features of {features.name}", device, dtype,
          [f"{name}_generation.md", f"{name}_generation_nearest.png"])  # fmt: skip
     if dry_run:
         return
     images = images_of(config, model.vae_header)
-    held_out = judging.held_out_pixels(images, e.images)
+    held_out = judging.held_out_pixels(images, count)
     n = len(held_out)  # these distances depend on the number of pictures, so the three that are compared have as many
     rows = images.rows(TRAIN, e.reference)
     training = judging.training_features(config, images, features, rows)
-    raw = conditions.of_held_out(model.unet.conditioner, encodings, e.images, device) if encodings else None
-    made, figures = judging.generated(s, model, raw, e.images)
+    raw = conditions.of_held_out(model.unet.conditioner, encodings, count, device) if encodings else None
+    made, figures = judging.generated(s, model, raw, count)
     reconstructed = judging.through(model.vae, held_out, e.batch_size, device, dtype)
     found, found_held_out, found_reconstructed = (features(p, e.batch_size) for p in (made, held_out, reconstructed))
     sets = {
@@ -106,7 +106,8 @@ def generation(config: Config, dry_run: bool) -> None:
     generated, perfect, vae, *more = table = [judging.Distance.of(what, f, training) for what, f in sets.items()]
     if config.data.flip:  # mirrored images were trained on too
         training = torch.cat([training, judging.training_features(config, images, features, rows, mirrored=True)])
-    copies = judging.Memorisation.of(found, found_held_out, training)
+    # Held-out images through the VAE too: its blur alone moves pictures nearer or farther.
+    copies = judging.Memorisation.of(found, found_reconstructed, training)
 
     few = ""
     if n < found.shape[1]:
@@ -115,10 +116,10 @@ def generation(config: Config, dry_run: bool) -> None:
             f"rows, which makes their ratio flatter. KID has no such bias."
         )
     paragraphs = [
-        f"# Generated images of {config.name}, {config.diffusion_name}: {s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
+        f"# Generated images of {config.name}, {config.diffusion_name}: {s.sampler}, {s.steps} steps by {model.spacing(s)}, guidance {s.guidance:g}",
         f"Against {len(rows):,} of {len(images.rows(TRAIN)):,} training images, not mirrored ({config.data.source}, crop "
         f"{crop_of(config.data)}, {config.data.image_size} px), in features of **{features.name}**.{few}",
-        f"Drawn under what {min(e.images, len(encodings.held_out)):,} held-out images show."
+        f"Drawn under what {min(count, len(encodings.held_out)):,} held-out images show."
         if raw
         else "Drawn under no condition.",
         table_of(judging.DISTANCE_HEADINGS, [row.cells() for row in table]),
@@ -127,9 +128,9 @@ def generation(config: Config, dry_run: bool) -> None:
         f"Error budget: of the {generated.frechet - perfect.frechet:.1f} that generated images are farther than held-out ones, the VAE "
         f"costs {vae.frechet - perfect.frechet:.1f} and the U-Net and its sampler {generated.frechet - vae.frechet:.1f}. Generated "
         f"images score {generated.frechet / perfect.frechet:.2f} times what held-out ones score.",
-        f"Memorisation, by the nearest of {len(training):,} training images{' and mirrored ones' if config.data.flip else ''}: median "
-        f"distance {copies.median:.2f} for generated and {copies.median_held_out:.2f} for held-out images; {copies.near:.1%} of the "
-        f"generated lie nearer than {1 - judging.NEAR:.0%} of the held-out ones do ({judging.NEAR:.0%} would if nothing were copied). "
+        f"Memorisation, by the nearest of {len(rows):,} training images{' and their mirrors' if config.data.flip else ''}: median "
+        f"distance {copies.median:.2f} for generated and {copies.median_held_out:.2f} for reconstructed held-out images; "
+        f"{copies.near:.1%} of the generated lie nearer than {1 - judging.NEAR:.0%} of the reconstructed held-out ones do. "
         f"{name}_generation_nearest.png shows the twelve nearest: generated, then its three neighbours.",
     ]
     publish(

@@ -41,7 +41,6 @@ SETTINGS = (
     "sampler",
     "steps",
     "eta",
-    "spacing",
     "x0_clamp",
     "guidance",
     "guidance_interval",
@@ -83,7 +82,7 @@ def read(path: Path) -> Grid | None:
         with Image.open(path) as image:
             text = dict(image.text) if hasattr(image, "text") else {}
         model = json.loads(text["model"])
-        details = [("hardware", text["hardware"]), ("seconds", text["seconds"]), ("commit", text["commit"]), ("schedule", model["schedule"]),
+        details = [("hardware", text["hardware"]), ("seconds", text["seconds"]), ("commit", text["commit"]), ("steps by", text.get("spacing", "trailing")), ("schedule", model["schedule"]),
                    ("predicts", model["prediction"]), ("training steps", f"{model['step']:,}")]  # fmt: skip
         return Grid(path, json.loads(text["config"]), json.loads(text["calibration"]), text["command"], details)
     except (UnidentifiedImageError, OSError, KeyError, ValueError, TypeError):

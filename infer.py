@@ -28,7 +28,7 @@ from lab.pictures import grid, save_gif, save_png
 from latent_diffusion import LatentDiffusion
 from metrics.calibration import advice
 from starts import Given
-from training import commit, hardware, parameters_of, pick_device, pick_precision
+from training import hardware, parameters_of, pick_device, pick_precision
 
 STRIP_IMAGES = 8
 
@@ -54,7 +54,7 @@ def infer(config: Config, dry_run: bool) -> None:
 
     print(
         f"U-Net: {parameters_of(model.unet) / 1e6:.2f}M parameters, step {header['step']:,}; {header['schedule']} schedule, {s.sampler}, "
-        f"{walked} steps, x0_clamp {s.x0_clamp}, on {device} in {str(dtype)[6:]}\n"
+        f"{walked} steps by {model.spacing(s)}, x0_clamp {s.x0_clamp}, on {device} in {str(dtype)[6:]}\n"
         f"images: {count:,}\nfiles: {results / name}.png"
         + (f", {name}_strip.png and .gif" if s.strip else "")
         + (f", {name}/000000.png …" if s.single_files else "")
@@ -64,7 +64,7 @@ def infer(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
 
-    if parallel.leads() and of_other_settings(results / f"{name}.png", config):
+    if parallel.leads() and of_other_settings(results / f"{name}.png", config, model.spacing(s)):
         set_aside(results, name, (".png", "_strip.png", "_strip.gif", ""))
     parallel.wait()
     started = time.monotonic()
@@ -85,9 +85,10 @@ def infer(config: Config, dry_run: bool) -> None:
     settings = {
         "Software": "nanoLDM",
         "command": cli.command,
-        "commit": commit(),
+        "commit": cli.commit(),
         "hardware": hardware(device),
         "config": config.model_dump(),
+        "spacing": model.spacing(s),
         "asked": requests.titles,
         "model": {k: v for k, v in header.items() if k != "settings"},
         "calibration": figures,
@@ -114,13 +115,14 @@ def suffix(s: Sampling) -> str:
     return start + (f"_w{s.guidance:g}" if s.guidance != 1 else "") + (f"_clamp{clamp}" if clamp != "range" else "")
 
 
-def of_other_settings(path: Path, config: Config) -> bool:
+def of_other_settings(path: Path, config: Config, spacing: str) -> bool:
     """Is there a grid of this name that was drawn with other settings of sampling, a seed or a caption, say? Or are there single
     files without one?"""
     now, alike = json.loads(config.sampling.model_dump_json()), {"batch_size": 0, "single_files": 0}
     try:
         with Image.open(path) as image:
-            return json.loads(image.text["config"])["sampling"] | alike != now | alike
+            there = json.loads(image.text["config"])["sampling"]
+            return there | alike != now | alike or image.text.get("spacing") != spacing
     except FileNotFoundError:
         return path.with_suffix("").exists()
     except (OSError, AttributeError, KeyError, ValueError):

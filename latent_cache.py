@@ -85,7 +85,7 @@ class Encodings:
             "data.flip": (self.mean_flipped is not None, config.data.flip),
         }
         if config.text.encoder == "clip" and self.captions is not None:
-            made_with["text.model"] = (self.text.model if self.text else None, config.text.model)
+            made_with["text.encoder"] = ("clip" if self.text else "none", "clip")  # which one is told by its weights
         return [f"{name} was {was}, now {now}" for name, (was, now) in made_with.items() if was != now]
 
     @property

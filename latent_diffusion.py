@@ -105,6 +105,11 @@ class LatentDiffusion:
                     f"sampling.guidance={s.guidance:g}: this model is unconditional and has nothing to be guided by; "
                     f"name a weaker one with sampling.autoguidance (diffusion.snapshot_every keeps them), or set it to 1"
                 )
+            if s.guidance != 1 and self.header.get("cfg_dropout") == 0 and not self.unet.conditioner.drops_by_itself:
+                raise UserError(
+                    f"sampling.guidance={s.guidance:g}: {self.path} was trained with diffusion.cfg_dropout=0, and so never with the null "
+                    f"condition to guide away from; set it to 1, or train with 0.1"
+                )
             return None
         path = Path(s.autoguidance)
         weaker, header, _ = load_network(UNet, path, "unet", "train_diffusion.py with diffusion.snapshot_every", self.device)

@@ -136,7 +136,7 @@ def timesteps(
     trailing  T-1, then down in equal strides (Lin et al. 2024, Table 2)      leading   0, T//N, …, reversed (DDIM)
     linspace  equal strides with both T-1 and 0 among them
     logsnr    equal strides of log(alpha/sigma) (Lu et al. 2022a, §3.4)       karras    of (sigma/alpha)^(1/7)
-    Only the last `strength` share of them is given. There are fewer where few are usable, and in the last two spacings
+    With a `strength` that share of the steps is made, from that share of the timesteps on. There are fewer where few are usable, and in the last two spacings
     where neighbours fall on the same timestep. The last cosine steps have sigma/alpha of 80 … 20000; there an error in eps
     is multiplied by up to that much.
     """
@@ -153,21 +153,23 @@ def timesteps(
     if usable < 1:
         raise ValueError(f"no timestep has sigma/alpha <= sigma_max = {sigma_max}")
     steps = min(steps, usable)
-    i = torch.arange(steps, dtype=torch.float64)
+    made = max(1, round(strength * steps))
+    begin = made * usable / steps  # so that a strength is the same noise level, whatever the spacing
+    i = torch.arange(made, dtype=torch.float64)
     if spacing == "trailing":
-        times = (usable - i * usable / steps).round().long() - 1
+        times = (begin - i * begin / made).round().long() - 1
     elif spacing == "leading":
         times = (i.long() * (usable // steps)).flip(0)
     elif spacing == "linspace":
-        times = torch.linspace(usable - 1, 0, steps, dtype=torch.float64).round().long()
+        times = torch.linspace(round(begin) - 1, 0, made, dtype=torch.float64).round().long()
     else:
-        high, low = float(levels[usable - 1]), float(levels[0])
+        high, low = float(levels[round(begin) - 1]), float(levels[0])
         if spacing == "logsnr":
-            wanted = torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64)
+            wanted = torch.linspace(math.log(high), math.log(low), made, dtype=torch.float64)
         else:
-            wanted = RHO * torch.linspace(high ** (1 / RHO), low ** (1 / RHO), steps, dtype=torch.float64).log()
+            wanted = RHO * torch.linspace(high ** (1 / RHO), low ** (1 / RHO), made, dtype=torch.float64).log()
         times = (levels[:usable].log() - wanted[:, None]).abs().argmin(dim=1).unique_consecutive()
-    return times[len(times) - max(1, round(strength * len(times))) :].tolist()
+    return times.tolist()
 
 
 # The closure: everything about a network that a sampler need not know

@@ -5,8 +5,6 @@ import functools
 import math
 import os
 import platform
-import subprocess
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,8 +31,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"device: {device} asked for, and torch finds {torch.cuda.device_count()} CUDA devices here; use device=auto or device=cpu"
         )
-    if device.type == "cuda" and parallel.size() > 1:
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are of the current device
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps asked for, and torch finds none here; use device=auto or device=cpu")
     return device
@@ -143,16 +141,3 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The commit of this checkout, with -dirty where its files differ (but for results/), or nothing where git does not answer."""
-
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-
-    try:
-        at = git("rev-parse", "--short", "HEAD").stdout.strip()
-        return at + ("-dirty" if at and git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode else "")
-    except OSError:
-        return ""

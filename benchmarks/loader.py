@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [number of pictures] [batch size]
 
-The pictures are portraits of synthetic_faces.py, saved as JPEG of 178x218 and cut to 64x64. A first pass of ours reads and caches them, which
+The pictures are portraits of sources/synthetic_faces.py, saved as JPEG of 178x218 and cut to 64x64. A first pass of ours reads and caches them, which
 is what their every pass does; later passes gather from the cache.
 """
 
@@ -12,10 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np  # noqa: I001
+from timing import DEVICE, machine, print_table, wait  # before torch
+
+# isort: split
+import numpy as np
 import torch
 from PIL import Image
-from timing import DEVICE, machine, print_table, wait
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2

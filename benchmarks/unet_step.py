@@ -8,10 +8,12 @@ AdamW as it comes, their own EMA; (b) given our precision, layout, optimiser and
 
 import sys
 
-import torch  # noqa: I001
+from timing import DEVICE, flops_of, interleaved, machine, peak_flops, print_table  # before torch
+
+# isort: split
+import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from timing import DEVICE, flops_of, interleaved, machine, peak_flops, print_table
 from torch.nn import functional as F
 
 from config import Diffusion

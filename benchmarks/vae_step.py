@@ -7,9 +7,11 @@ Peer (a) float32 as it comes, (b) given our precision, layout and optimiser. The
 
 import sys
 
-import torch  # noqa: I001
+from timing import DEVICE, flops_of, interleaved, machine, peak_flops, print_table  # before torch
+
+# isort: split
+import torch
 from diffusers import AutoencoderKL
-from timing import DEVICE, flops_of, interleaved, machine, peak_flops, print_table
 
 from config import Vae
 from models.vae import VAE

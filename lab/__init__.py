@@ -1,1 +1,1 @@
-"""What any training project needs, and says nothing of diffusion: command line, settings, files, runs, logs, batches, processes, pictures."""
+"""The machinery around the science: command line, settings, files, runs, logs, batches, processes, pictures."""

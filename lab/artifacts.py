@@ -57,7 +57,7 @@ def set_aside(folder: Path, name: str, endings: tuple[str, ...]) -> None:
     for ending in endings:
         if (folder / f"{name}{ending}").exists():
             (folder / f"{name}{ending}").rename(folder / f"{name}-{n}{ending}")
-    print(f"note: {folder / name}{endings[0]} was made with other settings and is kept as {name}-{n}{endings[0]}")
+    print(f"note: {folder / name}{endings[0]} was made otherwise and is kept as {name}-{n}{endings[0]}")
 
 
 def make_folder(folder: Path) -> None:

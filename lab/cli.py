@@ -5,9 +5,11 @@
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 import traceback
@@ -59,6 +61,24 @@ def answer_early(doc: str) -> None:
         sys.exit(2)
 
 
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, with -dirty where its files differ (but for results/); nothing where git does not answer, or
+    answers for a folder around it."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").stdout.strip() or "/") != root:
+            return ""
+        dirty = git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode
+        return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if dirty else "")
+    except OSError:
+        return ""
+
+
 def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) -> int:
     """Parse argv, do the work, turn what went wrong into one line and an exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -72,6 +92,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     try:
         config, dry_run = parse(argv)
         parallel.join()
+        commit()  # of the code that was loaded, whatever is committed before the work is over
         with contextlib.nullcontext() if LEADS else contextlib.redirect_stdout(open(os.devnull, "w")):
             work(config, dry_run)
         parallel.leave()

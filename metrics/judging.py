@@ -243,4 +243,6 @@ def loss_by_snr(
         guess = (sigma**2 / (alpha**2 + sigma**2)).flatten()
         error = torch.cat(errors)
         rows.append((middle, int(inside[0]), int(inside[-1]), float(error.mean()), float((error / guess).mean())))
+    if not rows:
+        raise UserError(f"a schedule of {schedule.timesteps} timesteps has none in any unit of log(alpha/sigma)")
     return rows

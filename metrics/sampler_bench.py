@@ -33,6 +33,7 @@ class Row:
     std_ratio: float
     distance: float  # sliced Wasserstein distance to the held-out latents
     seconds: float  # for all images
+    spacing: str = ""  # of its timesteps
 
 
 def bench(config: Config, model: LatentDiffusion, encodings: Encodings) -> tuple[list[Row], float]:
@@ -59,6 +60,9 @@ def bench(config: Config, model: LatentDiffusion, encodings: Encodings) -> tuple
     def calls(sampler: str, steps: int) -> int:
         return evaluations(sampler, len(model.steps_of(s.model_copy(update={"sampler": sampler, "steps": steps}))))
 
+    def spacing(sampler: str) -> str:
+        return model.spacing(s.model_copy(update={"sampler": sampler}))
+
     asked = [(name, steps) for steps in sorted(e.steps) for name in e.samplers]
     # The reference first: what all others are measured against.
     asked.sort(key=lambda pair: pair != (REFERENCE, max(e.steps)))
@@ -80,7 +84,18 @@ def bench(config: Config, model: LatentDiffusion, encodings: Encodings) -> tuple
                 else None
             )
             std_ratio = moments.overall_std() / model.normaliser.overall_std()
-            rows.append(Row(name, steps, calls(name, steps), to_ode, std_ratio, sliced_wasserstein(z, held_out), seconds))
+            rows.append(
+                Row(
+                    name,
+                    steps,
+                    calls(name, steps),
+                    to_ode,
+                    std_ratio,
+                    sliced_wasserstein(z, held_out),
+                    seconds,
+                    spacing(name),
+                )
+            )
             tqdm.write(line_of(rows[-1]))
     return rows, floor(encodings, model, held_out, e.images)
 
@@ -128,12 +143,21 @@ def say(row: Row, best: Row) -> str:
     )
 
 
-HEADINGS = ("sampler", "steps", "evaluations", "to the ODE", "std ratio", "distance", "seconds")
+HEADINGS = ("sampler", "steps", "by", "evaluations", "to the ODE", "std ratio", "distance", "seconds")
 
 
 def cells_of(r: Row) -> list[str]:
     to_ode = "–" if r.to_ode is None else f"{r.to_ode:.3f}"
-    return [r.sampler, f"{r.steps}", f"{r.calls}", to_ode, f"{r.std_ratio:.3f}", f"{r.distance:.4f}", f"{r.seconds:.1f}"]
+    return [
+        r.sampler,
+        f"{r.steps}",
+        r.spacing,
+        f"{r.calls}",
+        to_ode,
+        f"{r.std_ratio:.3f}",
+        f"{r.distance:.4f}",
+        f"{r.seconds:.1f}",
+    ]
 
 
 def line_of(r: Row) -> str:

@@ -29,6 +29,7 @@ class Conditioner(nn.Module):
     """forward(*raw) -> Condition. `token_dim` is None where there is nothing to attend to."""
 
     token_dim: int | None = None
+    drops_by_itself = False  # is the null condition trained on even where no share of conditions is dropped?
 
     def null_like(self, raw: Raw) -> Raw:
         """The null condition, as many times and as long as `raw`."""
@@ -50,7 +51,7 @@ class Labels(Conditioner):
 
     def __init__(self, names: dict[str, list[str]], emb_dim: int):
         super().__init__()
-        self.names = names
+        self.names, self.drops_by_itself = names, len(names) > 1
         sizes = torch.tensor([len(values) for values in names.values()])
         self.register_buffer("null", sizes, persistent=False)  # (K,)
         self.register_buffer("offsets", torch.cumsum(sizes + 1, 0) - (sizes + 1), persistent=False)

@@ -26,7 +26,9 @@ class ClipText:
             ) from None
         self.model, self.width, self.device = model, self.net.config.hidden_size, device
         self.longest = self.net.config.max_position_embeddings  # 77 tokens
-        self.fingerprint = fingerprint(self.net.state_dict())  # what it is, wherever it lies
+        # What it is, wherever it lies; versions of transformers name and store the same weights in several ways.
+        weights = {name.removeprefix("text_model."): value.float() for name, value in self.net.state_dict().items()}
+        self.fingerprint = fingerprint(weights)
         self.cut = 0  # captions so far that were longer
 
     @torch.no_grad()

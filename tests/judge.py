@@ -2,7 +2,7 @@
 
     python tests/judge.py configs/demo_classes.yaml [more configs ...] [section.key=value ...]
 
-Trains a small classifier of all attributes on fresh portraits of synthetic_faces.py, checks it on held-out ones, then draws
+Trains a small classifier of all attributes on fresh portraits of sources/synthetic_faces.py, checks it on held-out ones, then draws
 portraits under conditions of further ones and prints, for each attribute asked for, the share that carry it: with the config's
 guidance, without guidance, and unconditionally (the base rate). Beside it the share for the VAE's reconstructions of the true portraits:
 what a perfect U-Net would score. About three minutes on two CPU cores.

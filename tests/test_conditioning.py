@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Experiment
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -212,8 +213,6 @@ def test_bad_networks():
 @pytest.fixture(scope="module")
 def conditional(trained, tmp_path_factory):
     """The tiny experiment with three more U-Nets: by attributes, by words, and with a transformer by attributes."""
-    from conftest import Experiment
-
     folder = tmp_path_factory.mktemp("conditional")
     shutil.copytree(trained.folder, folder, dirs_exist_ok=True)
     experiment = Experiment(folder)
@@ -375,7 +374,7 @@ def test_bad_requests(conditional, capsys, model, options, message):
     (["sampling.guidance=3"], "has nothing to be guided by"),
     (["diffusion.condition=text", "text.encoder=words"], "some are to attend to the caption"),
     (["diffusion.condition=text", "text.encoder=words", "diffusion.cross_attention=[16]"], "names none of the widths that latents of 8 have"),
-    (["diffusion.condition=text", "text.encoder=clip", "diffusion.cross_attention=[4]"], "text.model was None"),
+    (["diffusion.condition=text", "text.encoder=clip", "diffusion.cross_attention=[4]"], "text.encoder was none, now clip"),
 ])  # fmt: skip
 def test_bad_training(conditional, capsys, options, message):
     assert conditional.run("train_diffusion", *options, "diffusion.name=bad") == 2
@@ -440,8 +439,6 @@ def test_caption_embeddings_are_ragged():
 
 
 def test_text_by_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
-    from conftest import Experiment
-
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     experiment = Experiment(tmp_path)
     clip = ["diffusion.condition=text", "text.encoder=clip", f"text.model={tiny_clip}", "diffusion.cross_attention=[8,4]", "diffusion.name=clip"]  # fmt: skip
@@ -461,6 +458,11 @@ def test_text_by_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
 
     moved = shutil.copytree(tiny_clip, tmp_path / "moved")  # it is known by its weights, not by where it lies
     assert experiment.run("infer", *clip, f"text.model={moved}", "sampling.prompts=[red]") == 0
+    capsys.readouterr()
+    assert experiment.run("create_encodings", *clip, f"text.model={moved}") == 0 and "up to date" in capsys.readouterr().out
+    assert (
+        experiment.run("train_diffusion", *clip, f"text.model={moved}") == 0 and "already trained" in capsys.readouterr().out
+    )
     weights = load_file(moved / "model.safetensors")
     save_file(
         {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}, moved / "model.safetensors", {"format": "pt"}
@@ -468,15 +470,15 @@ def test_text_by_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
     capsys.readouterr()
     assert experiment.run("infer", *clip, f"text.model={moved}", "sampling.prompts=[red]") == 2
     assert "has other weights than" in capsys.readouterr().err
-    assert experiment.run("create_encodings", *clip, f"text.model={moved}") == 0
+    assert (
+        experiment.run("create_encodings", *clip, f"text.model={moved}") == 0 and "up to date" not in capsys.readouterr().out
+    )
     assert experiment.run("evaluate", *clip, f"text.model={moved}", "evaluation.task=loss", "evaluation.images=8") == 2
     assert "were embedded by" in capsys.readouterr().err
 
 
 def test_captions_are_embedded_in_parts(trained, tiny_clip, tmp_path, monkeypatch, capsys):
     """Interrupted after two of its three parts, and with another batch: the embeddings are those made at once, in their order."""
-    from conftest import Experiment
-
     import create_encodings
     from latent_cache import Encodings
 
@@ -535,10 +537,20 @@ def test_other_labels_than_the_model_was_trained_with_are_refused(conditional):
         conditions.of_split(model.unet.conditioner, encodings, True, torch.device("cpu"))
 
 
-def test_guidance_needs_a_null_condition_that_is_trained():
-    with pytest.raises(UserError, match="the null condition to guide away from is never trained"):
-        load_config(None, ["diffusion.condition=class", "diffusion.cfg_dropout=0", "sampling.guidance=2"])
-    load_config(None, ["diffusion.condition=class", "diffusion.cfg_dropout=0"])
+def test_guidance_needs_a_null_condition_that_is_trained(trained, tmp_path, capsys):
+    """One kind of label is never left unsaid without cfg_dropout; of several any is, and so all at times."""
+    shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
+    experiment = Experiment(tmp_path)
+    for labels, code in (("[hat]", 2), ("[hat, glasses]", 0)):
+        options = (
+            "diffusion.condition=class",
+            f"diffusion.labels={labels}",
+            f"diffusion.name=n{code}",
+            "diffusion.cfg_dropout=0",
+        )
+        assert experiment.run("train_diffusion", *options) == 0
+        assert experiment.run("infer", *options) == 0 and experiment.run("infer", *options, "sampling.guidance=2") == code
+    assert "was trained with diffusion.cfg_dropout=0" in capsys.readouterr().err
 
 
 def test_an_error_names_what_the_user_can_do():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 from lab.errors import UserError
 from lab.settings import load_config
 from latent_diffusion import images_of, load_vae
@@ -179,6 +180,22 @@ def test_tasks(trained, mobilenet, capsys, task, files):
         assert np.array_equal(sheet[:16, :16], images.pixels[images.rows(1)[0]])  # originals above
 
 
+def test_pages_of_other_weights_or_commands_are_kept(tmp_path, monkeypatch, capsys):
+    config = load_config(None, [f"results_dir={tmp_path}"])
+    for command, of in (("a", "step 1"), ("a", "step 1"), ("a", "step 2"), ("b", "step 2")):
+        monkeypatch.setattr(evaluate.cli, "command", command)
+        evaluate.publish(config, "page", CPU, of, f"# {command} {of}")
+    pages = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    assert {name: lines[0] for name, lines in pages.items()} == {
+        "page-2.md": "# a step 1",
+        "page-3.md": "# a step 2",
+        "page.md": "# b step 2",
+    }
+    assert pages["page.md"][2].startswith("`b`, step 2, on ") and pages["page.md"][2].endswith(
+        f"commit {evaluate.cli.commit()}."
+    )
+
+
 def test_too_few_held_out_images(trained, capsys, mobilenet, monkeypatch):
     monkeypatch.setattr(judging, "SHOWN_NEIGHBOURS", 30)
     argv = ("evaluation.features=mobilenet_v2", f"evaluation.weights={mobilenet}")
@@ -232,7 +249,7 @@ def test_too_many_generated_for_the_held_out_ones(trained, mobilenet):
     held_out = int(page.split("held-out (perfection) | ")[1].split(" |")[0])
     assert held_out < 30 and f"| generated | {held_out} |" in page and "| generated, all | 30 |" in page
     assert (
-        f"{held_out} pictures are fewer than the 1,280 features" in page and "96 training images and mirrored ones" in page
+        f"{held_out} pictures are fewer than the 1,280 features" in page and "48 training images and their mirrors" in page
     )
 
 

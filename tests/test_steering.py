@@ -93,6 +93,10 @@ def test_bad_guidance(options, message):
 def test_strength_is_the_share_of_the_steps_made():
     whole = timesteps(COSINE, 20)
     assert timesteps(COSINE, 20, strength=0.5) == whole[10:] and timesteps(COSINE, 20, strength=0.01) == whole[19:]
+    for spacing in ("logsnr", "karras", "linspace"):  # begin where even steps do
+        for strength in (0.3, 0.6, 0.8):
+            even, found = timesteps(COSINE, 20, strength=strength), timesteps(COSINE, 20, spacing, strength=strength)
+            assert found[0] == even[0] and len(found) == len(even) and found[-1] == 0
     seen = []
     sample(UNCOND, noise(), LINEAR, "ddim", 20, start=noise(4, 1), strength=0.25, callback=lambda i, t, *_: seen.append(t))
     assert seen == timesteps(LINEAR, 20)[15:]
