@@ -14,7 +14,7 @@ from lab.artifacts import first_line
 from lab.errors import UserError
 from latent_diffusion import LatentDiffusion
 from sampling import image_generators, randn, slerp
-from sources.images import decode
+from sources.files import decode
 
 
 def noise_of(s: Sampling, indices: range, shape: tuple, device) -> tuple[Tensor, list[torch.Generator]]:

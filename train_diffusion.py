@@ -18,9 +18,10 @@ from config import Config, Diffusion
 from data import Shuffle, spread, to_uint8
 from lab.artifacts import require_space
 from lab.errors import UserError
+from lab.experiment import experiment_of, require_same_run
 from lab.feed import Feed
 from lab.pictures import grid
-from lab.run import Run, experiment_of, require_same_run
+from lab.run import Run
 from latent_diffusion import encodings_by, load_vae
 from metrics.calibration import Moments
 from models.conditioning import Raw

@@ -20,9 +20,10 @@ from torchmetrics.functional.image import (
 from config import Config, Vae
 from data import Shuffle, find_images, to_float, to_uint8
 from lab.artifacts import require_space
+from lab.experiment import experiment_of, require_same_run
 from lab.feed import Feed
 from lab.pictures import pairs
-from lab.run import Run, experiment_of, require_same_run
+from lab.run import Run
 from models.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.vae import VAE, reconstruction_error
 from sources import HELD_OUT, TRAIN

@@ -6,41 +6,21 @@ import signal
 import sys
 import time
 from pathlib import Path
-from textwrap import shorten
 from typing import Callable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, Logging, Training
+from config import Logging, Training
 from lab import parallel
-from lab.artifacts import NoSpace, first_line, load_plain, load_weights, save_plain, save_weights
+from lab.artifacts import NoSpace, load_plain, load_weights, save_plain, save_weights
 from lab.errors import Diverged, Stopped, UserError
+from lab.experiment import refusing_what_is_no_state, remedy, require_same_run
+from lab.figures import Figures
 from lab.logs import Writers
 from lab.pictures import plot_curves, save_png
 from training import EMA, is_out_of_memory, learning_rate
-
-# What may differ when a run is resumed; everything else would make it another experiment.
-MAY_CHANGE = (
-    "steps",
-    "max_minutes",
-    "micro_batch",
-    "checkpointing",
-    "log_every",
-    "eval_every",
-    "save_minutes",
-    "snapshot_every",
-    "sample_images",
-    "name",
-    "weights",  # of the perceptual network: where the file lies
-    "model",  # of text: where it lies; its fingerprint tells it apart
-)
-
-
-def experiment_of(config: Config, section: str, **fingerprints: str) -> dict:
-    """What a run is: the stage's settings, the seed, and what it was trained on. The same on resume, except for MAY_CHANGE."""
-    return {section: getattr(config, section).model_dump(), "seed": config.seed, "flip": config.data.flip, **fingerprints}
 
 
 class Run:
@@ -82,11 +62,7 @@ class Run:
         self._first_step = self.step
         self._started = self._saved_at = time.monotonic()
         self._restart_stopwatch()
-        self._sums: dict[str, Tensor] = {}  # of figures since the last report, on the device
-        self._parts: list[dict[str, Tensor]] = []  # figures of this step's micro-batches
-        self._counts: dict[str, int] = {}  # of steps that had each figure
-        # (step, timestep) of the first loss that was not finite, on the device: reading it every step would wait for it.
-        self._bad = torch.full((2,), -1, device=next(net.parameters()).device)
+        self._figures = Figures(next(net.parameters()).device)
         self._signal: int | None = None
         self._decide()
         if self.over and self.leads:
@@ -170,7 +146,7 @@ class Run:
                                     f"use a smaller micro_batch or smaller widths") from None  # fmt: skip
             # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
             self.micro_batch = (min(self.micro_batch, len(share)) + 1) // 2
-            self._parts = []
+            self._figures.drop_parts()
             self._forget_gradients()
             torch.cuda.empty_cache()
             self.say(f"the batch does not fit the GPU's memory; in micro-batches of {self.micro_batch} from here")
@@ -183,13 +159,8 @@ class Run:
             self.companion_optimizer.step()
         self._forget_gradients()
         self.ema.update(self.step)
-        self._watch(norm)
-        for figures in [{"grad_norm": norm.detach().float()}, *self._parts]:
-            for name, value in figures.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-        for name in {"grad_norm", *(name for figures in self._parts for name in figures)}:
-            self._counts[name] = self._counts.get(name, 0) + 1
-        self._parts = []
+        self._figures.watch(norm.detach(), self.step)
+        self._figures.end_step(grad_norm=norm)
         self.step += 1
         if self.step == self._first_step + 1:
             self._report_first_step(norm)
@@ -202,7 +173,7 @@ class Run:
         `watched` (B,) and `timesteps` (B,) serve to name what was not finite; `figures` (B,) are averaged until the next report.
         """
         self._accumulate(loss, {"loss": loss, **figures})
-        self._watch(watched.detach(), timesteps)
+        self._figures.watch(watched.detach(), self.step, timesteps)
 
     def accumulate_companion(self, loss: Tensor, **figures: Tensor) -> None:
         """The same for the companion's own loss (B,)."""
@@ -211,24 +182,15 @@ class Run:
     def _accumulate(self, loss: Tensor, figures: dict[str, Tensor]) -> None:
         whole = self.settings.batch_size
         (loss.sum() / whole).backward()
-        self._parts.append({name: value.detach().float().sum() / whole for name, value in figures.items()})
+        self._figures.add_part(figures, whole)
 
     def _forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         if self.companion is not None:
             self.companion_optimizer.zero_grad(set_to_none=True)
 
-    def _watch(self, values: Tensor, timesteps: Tensor | None = None) -> None:
-        """Remember the first step with a value that is not finite."""
-        broken = ~torch.isfinite(values)
-        timestep = torch.full_like(self._bad[0], -1)
-        if timesteps is not None:
-            timestep = torch.where(broken.any(), timesteps.gather(0, broken.long().argmax()[None])[0], timestep)
-        first = broken.any() & (self._bad[0] < 0)
-        self._bad = torch.where(first, torch.stack([torch.full_like(timestep, self.step), timestep]), self._bad)
-
     def _check_finite(self) -> None:
-        step, timestep = self._bad.tolist()
+        step, timestep = self._figures.first_broken()
         if step < 0:
             return
         what = f"the loss at timestep {timestep} is" if timestep >= 0 else "the loss or its gradient is"
@@ -249,15 +211,9 @@ class Run:
     def report(self) -> None:
         """Write the averages since the last report: progress bar, metrics.jsonl, TensorBoard. Raises Diverged."""
         self._check_finite()
-        if not self._sums:
+        means = self._figures.means()
+        if not means:
             return
-        names = sorted(self._sums.keys() - {"grad_norm"})  # that one is the whole batch's in every process
-        totals = parallel.total(torch.stack([self._sums[name] for name in names])).tolist()
-        means = {
-            name: value / self._counts[name]
-            for name, value in zip([*names, "grad_norm"], [*totals, float(self._sums["grad_norm"])])
-        }
-        self._sums, self._counts = {}, {}
         figures = {f"train/{name}": value for name, value in means.items()} | {"lr": self.optimizer.param_groups[0]["lr"]}
         if self.step == self._stopwatch_step:  # the first step alone, which says nothing of the rate
             self.log(figures)
@@ -344,7 +300,7 @@ class Run:
             return
         state = load_plain(path, remedy(path))
         require_same_run(self.folder, self.experiment, self.settings, state)
-        with _refusing_what_is_no_state(path):
+        with refusing_what_is_no_state(path):
             self.net.load_state_dict(state["net"])
             self.ema.net.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -367,45 +323,3 @@ def _surviving_a_full_disk(what: str):
         yield
     except NoSpace:
         tqdm.write(f"no space left on the disk for {what}; what was saved before is kept, training goes on")
-
-
-def remedy(path: Path) -> str:
-    return f"remove {path} to start anew"
-
-
-@contextlib.contextmanager
-def _refusing_what_is_no_state(path: Path):
-    try:
-        yield
-    except Exception as error:  # a dictionary that is no state: keys, types and shapes may all be wrong
-        raise UserError(f"{path} is not a state of this network ({first_line(error)}): {remedy(path)}") from None
-
-
-def require_same_run(folder: Path, experiment: dict, settings: Training, state: dict | None = None) -> None:
-    """Raise UserError where the folder holds a run that differs in what `experiment` says: before any work its settings, and on
-    resume, with the state that was read, all that it is."""
-    path, early = folder / "state.pt", state is None
-    if early and not path.exists():
-        return
-    state = load_plain(path, remedy(path), mmap=True) if early else state
-    with _refusing_what_is_no_state(path):
-        before, now = json.loads(state["experiment"]), json.loads(json.dumps(experiment))
-        for section in before.keys() & {"vae", "diffusion"}:
-            # A setting that is newer than the state had its default then.
-            before[section] = {**type(settings)().model_dump(), **before[section]}
-        differing = _differences({k: v for k, v in before.items() if k in now or not early}, now)
-    if differing:
-        raise UserError(f"{folder} holds a run with other settings ({'; '.join(differing)}): give this one another name, "
-                        f"set them back, or remove {folder}")  # fmt: skip
-
-
-def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """Dotted names whose values differ, MAY_CHANGE left out."""
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new and name not in MAY_CHANGE:
-            found.append(f"{prefix}{name} was {shorten(str(old), 60)}, now {shorten(str(new), 60)}")
-    return found

@@ -7,11 +7,12 @@ from pathlib import Path, PurePosixPath
 from lab.artifacts import first_line
 from lab.errors import UserError
 from sources import HELD_OUT, TRAIN
+from sources.files import Files
 
 SPLITS = {"train": TRAIN, "val": HELD_OUT, "validation": HELD_OUT, "test": HELD_OUT}
 
 
-def beside(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
+def beside(files: Files) -> tuple[dict[str, list[str]], dict[str, int], list]:
     """(captions, splits, stamps) of the pictures of `files`, by picture; all empty where there are none.
 
     captions.jsonl or metadata.jsonl: a line per picture with file_name, and captions (a list), caption or text; optionally
@@ -31,7 +32,7 @@ def beside(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
     return captions, {}, [[text, files.stamps[text]] for text in found.values()]
 
 
-def _from_jsonl(files, name: str) -> tuple[dict[str, list[str]], dict[str, int]]:
+def _from_jsonl(files: Files, name: str) -> tuple[dict[str, list[str]], dict[str, int]]:
     folder, images, captions, splits, missing = PurePosixPath(name).parent, set(files.images), {}, {}, []
     lines = files.read_text(name).split("\n")  # not splitlines: JSON may hold other separators inside a string
     for number, line in enumerate(lines, start=1):
@@ -67,7 +68,7 @@ def _lines(content: str) -> list[str]:
     return [" ".join(line.split()) for line in content.splitlines() if line.strip()]
 
 
-def coco(files) -> tuple[dict[str, list[str]], dict[str, int], list]:
+def coco(files: Files) -> tuple[dict[str, list[str]], dict[str, int], list]:
     """The same from COCO's layout, as torchvision's CocoCaptions reads it: annotations/captions_train2017.json with train2017/,
     and val. An annotation file of whose pictures none are there is left out. Raises UserError."""
     annotations = [n for n in files.stamps if re.fullmatch(r"captions_(train|val)\d*\.json", Path(n).name)]

@@ -24,7 +24,7 @@ from lab.feed import Feed
 from lab.settings import load_config
 from latent_cache import Encodings
 from sources import HELD_OUT, TEST, TRAIN
-from sources.images import crop_and_resize, decode
+from sources.files import crop_and_resize, decode
 
 
 def settings(tmp_path, **data):
