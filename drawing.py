@@ -7,13 +7,13 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from calibration import Moments, calibration
 from conditions import Requests
 from config import Sampling
 from data import to_uint8
 from lab import parallel
 from lab.pictures import grid, save_png
 from latent_diffusion import LatentDiffusion
-from metrics.calibration import Moments, calibration
 from models.latents import Normaliser
 from sampling import evaluations, sample
 from starts import Given, noise_of

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from calibration import advice
 from conditions import requested
 from config import Config, Sampling
 from data import to_uint8
@@ -26,7 +27,6 @@ from lab.artifacts import require_space, set_aside
 from lab.errors import UserError
 from lab.pictures import grid, save_gif, save_png
 from latent_diffusion import LatentDiffusion
-from metrics.calibration import advice
 from starts import Given
 from training import hardware, parameters_of, pick_device, pick_precision
 

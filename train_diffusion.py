@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 import conditions
+from calibration import Moments
 from config import Config, Diffusion
 from data import Shuffle, spread, to_uint8
 from lab.artifacts import require_space
@@ -23,7 +24,6 @@ from lab.feed import Feed
 from lab.pictures import grid
 from lab.run import Run
 from latent_diffusion import encodings_by, load_vae
-from metrics.calibration import Moments
 from models.conditioning import Raw
 from models.latents import Normaliser
 from models.schedules import Schedule, make_schedule, min_snr_weight, target

@@ -1,1 +1,1 @@
-"""What evaluate.py and the calibration line measure."""
+"""What evaluate.py measures."""

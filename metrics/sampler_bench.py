@@ -10,11 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import conditions
+from calibration import Moments
 from config import Config
 from lab.artifacts import write_atomically
 from latent_cache import Encodings
 from latent_diffusion import LatentDiffusion
-from metrics.calibration import Moments
 from sampling import evaluations, image_generators, randn, sample
 
 DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp_2m", "unipc")  # these solve the probability-flow ODE

@@ -339,8 +339,8 @@ def test_a_strip_goes_from_noise_to_the_picture(trained, sampler):
 
 
 def test_calibration_by_hand():
+    from calibration import Moments, advice, calibration
     from lab.settings import load_config
-    from metrics.calibration import Moments, advice, calibration
     from models.latents import Normaliser
 
     torch.manual_seed(0)
