@@ -1,5 +1,6 @@
 """Sampling and decoding the images of a grid, in batches and by several processes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def draw(
     at_once = min(s.batch_size, -(-wanted.count // parallel.size()))  # shared by all processes
     starts = range(0, wanted.count, at_once)[parallel.rank() :: parallel.size()]
     batches = [range(start, min(start + at_once, wanted.count)) for start in starts]
-    with tqdm(total=sum(map(len, batches)) * calls, unit="eval", desc="sampling") as bar:
+    with ThreadPoolExecutor(4) as writers, tqdm(total=sum(map(len, batches)) * calls, unit="eval", desc="sampling") as bar:
         for indices in batches:
 
             def progress(evaluation: int, _t: int, z_t: Tensor, z0: Tensor, indices=indices) -> None:
@@ -95,8 +96,7 @@ def draw(
                 pixels = given.keep(pixels)
             drawn.pixels |= {i: picture for i, picture in zip(indices, pixels) if i < wanted.in_grid}
             if wanted.folder:
-                for i, picture in zip(indices, pixels):
-                    save_png(grid(picture[None], 1), wanted.folder / f"{i:06d}.png")
+                list(writers.map(lambda i, p: save_png(grid(p[None], 1), wanted.folder / f"{i:06d}.png"), indices, pixels))
     if threshold:
         drawn.clamped, drawn.seen = threshold.counts
     return drawn

@@ -15,7 +15,8 @@ from torch import Tensor
 from models.schedules import Schedule, to_z0
 from solvers import SAMPLERS, SECOND_ORDER
 
-Denoise = Callable[[Tensor, Tensor], Tensor]  # z_t (B, C, h, w), t (B,) int64 -> z0_hat (B, C, h, w)
+# z_t (B, C, h, w), t (B,) int64 on the CPU or beside z_t -> z0_hat (B, C, h, w)
+Denoise = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -85,7 +86,7 @@ def sample(
     evaluations = itertools.count()
 
     def predict(z: Tensor, t: int) -> Tensor:
-        z0 = threshold(denoise(z, torch.full((len(z),), t, dtype=torch.int64, device=z.device)))
+        z0 = threshold(denoise(z, torch.full((len(z),), t, dtype=torch.int64)))
         if mask is not None:
             z0 = mask * z0 + (1 - mask) * start
         if callback is not None:
@@ -187,6 +188,7 @@ def make_denoiser(
 
     @torch.no_grad()
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+        t = t.to(z_t.device, non_blocking=True)
         # No weight is used twice in a call, and a CUDA graph must not read casts that are cached and freed outside of it.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             output = net(z_t.contiguous(memory_format=torch.channels_last), t).float()

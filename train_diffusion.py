@@ -152,10 +152,12 @@ def train(config: Config, dry_run: bool) -> None:
 
             run.seed_step()
             rows, then = (order.take(start, s.batch_size) for start in (run.images_seen, run.images_seen + s.batch_size))
-            batch = latents.take(rows, then)  # (B, C, h, w) as stored
+            # Drawn for the whole batch, so that several processes do what one does; each keeps its share.
             raw = unet.conditioner.drop(of_train.take(rows % n), s.cfg_dropout) if of_train else None
-            t = draw_timesteps(s, len(batch), device)
-            eps = torch.randn(len(batch), channels, size, size, device=device)
+            raw = None if raw is None else tuple(r[run.share] for r in raw)
+            t = draw_timesteps(s, s.batch_size, device)[run.share]
+            eps = torch.randn(s.batch_size, channels, size, size, device=device)[run.share]
+            batch = latents.take(rows[run.share], then[run.share])  # (B, C, h, w) as stored
 
             def backward(part: slice) -> None:
                 z, their_t = normaliser.normalise(batch[part]), t[part]  # z (B, C, h, w), unit variance

@@ -124,9 +124,10 @@ def train(config: Config, dry_run: bool) -> None:
             now, then = (
                 train_rows[order.take(start, s.batch_size)] for start in (run.images_seen, run.images_seen + s.batch_size)
             )
-            batch = pixels.take(now, then)  # (B, H, W, 3) uint8
-            mirrored = torch.rand(len(batch), 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0)
-            noise = torch.randn(len(batch), s.latent_channels, latent, latent, device=device)
+            # Drawn for the whole batch, so that several processes do what one does; each keeps its share.
+            mirrored = (torch.rand(s.batch_size, 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0))[run.share]
+            noise = torch.randn(s.batch_size, s.latent_channels, latent, latent, device=device)[run.share]
+            batch = pixels.take(now[run.share], then[run.share])  # (B, H, W, 3) uint8
             kl_weight = s.kl_weight * min(1.0, (run.step + 1) / max(1, s.kl_warmup))
 
             def backward(part: slice) -> None:

@@ -33,6 +33,8 @@ def pick_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are of the current device
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # Hopper's default; NaN gradients under some masks (pytorch#196678)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps asked for, and torch finds none here; use device=auto or device=cpu")
     return device
@@ -79,8 +81,8 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """cuDNN, cuBLAS and CPUs have errors of their own for it."""
-    texts = "unable to find an engine", "ALLOC_FAILED", "can't allocate memory"
+    """cuDNN, cuBLAS, Triton, Inductor and CPUs have errors of their own for it."""
+    texts = "out of memory", "unable to find an engine", "ALLOC_FAILED", "can't allocate memory"
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(t in str(error) for t in texts)
     )

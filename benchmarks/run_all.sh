@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything there is to check and to time on this machine, in one go: the tests, then every benchmark. About ten minutes on a GPU.
+# Everything there is to check and to time on this machine, in one go: the tests, then every benchmark. Each line can be run on its own; on a GPU, where
+# much is compiled first, the tests and the benchmarks of the steps take some minutes each.
 #     bash benchmarks/run_all.sh [batch size of the training steps]
 set -uo pipefail
 cd "$(dirname "$0")/.."

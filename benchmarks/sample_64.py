@@ -50,7 +50,7 @@ def main(steps: int = 20, repeats: int = 5) -> None:
 
         @torch.no_grad()
         def run():
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(steps, device=DEVICE)
             z = noise
             for t in scheduler.timesteps:
                 with autocast(DEVICE, precision):

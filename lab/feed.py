@@ -34,6 +34,8 @@ class Feed:
 
     def take(self, rows: Tensor, then: Tensor | None = None) -> Tensor:
         """Rows (B,) int64, on the CPU -> (B, …) of the array's own type, on the device. `then`: the rows that come next."""
+        if self.resident and self.device.type == "cuda":
+            rows = rows.pin_memory()  # many rows' copy would wait otherwise
         if self.resident:
             return self._gather(rows.to(self.device, non_blocking=True))
         expected, self._expected = self._expected, None

@@ -20,7 +20,7 @@ from lab.experiment import refusing_what_is_no_state, remedy, require_same_run
 from lab.figures import Figures
 from lab.logs import Writers
 from lab.pictures import plot_curves, save_png
-from training import EMA, is_out_of_memory, learning_rate
+from training import EMA, hardware, is_out_of_memory, learning_rate
 
 
 class Run:
@@ -32,8 +32,8 @@ class Run:
                 if run.due(eval_every): …
                 if run.save_due(): run.save()
                 if run.over: break
-                run.seed_step()                  # then draw the whole batch's randomness
-                run.take_step(backward)          # backward(part) ends in run.accumulate(loss, …)
+                run.seed_step()                  # then draw the whole batch's randomness, and keep run.share of it
+                run.take_step(backward)          # backward(part of the share) ends in run.accumulate(loss, …)
 
     Whether it is `over` is decided once per step, so that all decisions after a step agree. `weights` names the file for use: the
     EMA network, `extra` tensors, and `header` with how far the run has come. A `companion` network (a discriminator) learns beside
@@ -50,7 +50,9 @@ class Run:
             raise UserError(
                 f"batch_size {settings.batch_size} is less than the {parallel.size()} processes that are to share it"
             )
-        self.micro_batch = settings.batch_size if settings.micro_batch == "auto" else settings.micro_batch
+        share = parallel.share_of(settings.batch_size)
+        self.share = slice(share.start, share.stop)  # of the batch, this process's part
+        self.micro_batch = len(share) if settings.micro_batch == "auto" else min(settings.micro_batch, len(share))
         self.ema = EMA(net, settings.ema)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.companion = companion  # a network that learns beside it and is of no use later: a discriminator
@@ -124,19 +126,19 @@ class Run:
     # One step
 
     def take_step(self, backward: Callable[[slice], None]) -> None:
-        """Gradients, clip, AdamW, EMA. `backward` is called with parts of the batch: this process's share of it, in micro-batches.
+        """Gradients, clip, AdamW, EMA. `backward` is called with parts of this process's share of the batch: its micro-batches.
 
         With micro_batch "auto" a part that does not fit the GPU's memory is halved, and the step begun anew.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.step, self._minutes_decided)
-        share = parallel.share_of(self.settings.batch_size)
+        n = self.share.stop - self.share.start
         if not self.leads:  # the batch is drawn: from here on, dropout masks of this process's own
             torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 % 2**63 + parallel.rank())
         while True:
             try:
-                for start in range(share.start, share.stop, self.micro_batch):
-                    backward(slice(start, min(start + self.micro_batch, share.stop)))
+                for start in range(0, n, self.micro_batch):
+                    backward(slice(start, min(start + self.micro_batch, n)))
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -145,7 +147,7 @@ class Run:
                     raise UserError(f"{self.folder}: {self.micro_batch} images at a time do not fit the memory; "
                                     f"use a smaller micro_batch or smaller widths") from None  # fmt: skip
             # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
-            self.micro_batch = (min(self.micro_batch, len(share)) + 1) // 2
+            self.micro_batch = (self.micro_batch + 1) // 2
             self._figures.drop_parts()
             self._forget_gradients()
             torch.cuda.empty_cache()
@@ -206,6 +208,7 @@ class Run:
         seconds = time.monotonic() - self._started
         if seconds > 5:
             self.say(f"the first step took {seconds:.0f} s")
+            self._started = time.monotonic()  # compiling is not training: max_minutes begins after it
         self.log({"seconds_to_first_step": round(seconds, 3)})
 
     def report(self) -> None:
@@ -263,7 +266,7 @@ class Run:
         A full disk does not end a run that still has work to do: the files of the last save stay, and it tries again.
         """
         self._check_finite()
-        state = dict(kind="state", experiment=json.dumps(self.experiment), step=self.step, minutes=self.minutes,
+        state = dict(kind="state", fits=[*self._where(), self.micro_batch], experiment=json.dumps(self.experiment), step=self.step, minutes=self.minutes,
                      net=self.net.state_dict(), ema=self.ema.net.state_dict(), optimizer=self.optimizer.state_dict())  # fmt: skip
         if self.companion is not None:
             state |= dict(companion=self.companion.state_dict(), companion_optimizer=self.companion_optimizer.state_dict())
@@ -308,6 +311,13 @@ class Run:
                 self.companion.load_state_dict(state["companion"])
                 self.companion_optimizer.load_state_dict(state["companion_optimizer"])
             self.step, self._minutes_before = int(state["step"]), float(state["minutes"])
+            *where, fits = state.get("fits", [0])
+        if self.settings.micro_batch == "auto" and where == self._where():
+            self.micro_batch = min(self.micro_batch, fits)  # else the search, and what it compiles, would come again
+
+    def _where(self) -> list:
+        """On what a size of micro-batch was found to fit."""
+        return [hardware(next(self.net.parameters()).device), parallel.size()]
 
     def stop_if_told(self) -> None:
         """After the loop: raise Stopped if a signal ended it before it was complete."""

@@ -13,11 +13,15 @@ FEW_TOKENS = 256
 class GroupNorm(nn.GroupNorm):
     """GroupNorm with statistics in its weights' type (float32), its output in the input's type.
 
-    PyTorch's own bf16 kernel for channels_last on CPUs is so slow that this makes a VAE's training step 1.4 times faster.
+    PyTorch's own bf16 kernel for channels_last on CPUs is so slow that this makes a VAE's training step 1.4 times faster. Its CUDA kernel
+    knows no channels_last at all: there the layout changes with the type, in the same two copies.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+        eager = x.is_cuda and not torch.compiler.is_compiling()
+        inside, outside = (torch.contiguous_format, torch.channels_last) if eager else (torch.preserve_format,) * 2
+        x32 = x.to(self.weight.dtype, memory_format=inside)
+        return F.group_norm(x32, self.num_groups, self.weight, self.bias, self.eps).to(x.dtype, memory_format=outside)
 
 
 def norm(channels: int) -> GroupNorm:

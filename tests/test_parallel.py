@@ -71,6 +71,9 @@ def test_what_does_not_fit_is_halved(alone, tmp_path, monkeypatch, capsys):
     experiment.train_all(*LABELS)
     assert "in micro-batches of 2 from here" in capsys.readouterr().out
     same(alone, experiment)
+    assert experiment.run("train_diffusion", *LABELS, "diffusion.steps=8") == 0
+    out = capsys.readouterr().out
+    assert "after 8 steps" in out and "in micro-batches of" not in out  # it goes on with what fitted
 
 
 def test_too_large_a_micro_batch_is_one_line(trained, monkeypatch, capsys):
