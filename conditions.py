@@ -118,7 +118,7 @@ def of_held_out(conditioner: Conditioner | None, encodings: Encodings, n: int, d
     rows = rows[torch.arange(n) % len(rows)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return of_split(conditioner, encodings, True, device).take(rows)
+        return of_split(conditioner, encodings, held_out=True, device=device).take(rows)
 
 
 def _of_labels(labels: Tensor, device) -> Conditions:

@@ -103,7 +103,7 @@ def generation(config: Config, dry_run: bool) -> None:
         "held-out, reconstructed": found_reconstructed,
         **({"generated, all": found} if len(found) > n else {}),
     }
-    generated, perfect, vae, *more = table = [judging.Distance.of(what, f, training) for what, f in sets.items()]
+    generated, perfect, through_vae, *_ = table = [judging.Distance.of(what, f, training) for what, f in sets.items()]
     if config.data.flip:  # mirrored images were trained on too
         training = torch.cat([training, judging.training_features(config, images, features, rows, mirrored=True)])
     # Held-out images through the VAE too: its blur alone moves pictures nearer or farther.
@@ -126,7 +126,7 @@ def generation(config: Config, dry_run: bool) -> None:
         f"Latents: generated/training std {figures['std_ratio']:.3f} overall, {figures['worst_channel_ratio']:.3f} in the worst channel; "
         f"{figures['clamped']:.2%} of clean estimates clamped; {figures['out_of_range']:.2%} of pixels out of range.",
         f"Error budget: of the {generated.frechet - perfect.frechet:.1f} that generated images are farther than held-out ones, the VAE "
-        f"costs {vae.frechet - perfect.frechet:.1f} and the U-Net and its sampler {generated.frechet - vae.frechet:.1f}. Generated "
+        f"costs {through_vae.frechet - perfect.frechet:.1f} and the U-Net and its sampler {generated.frechet - through_vae.frechet:.1f}. Generated "
         f"images score {generated.frechet / perfect.frechet:.2f} times what held-out ones score.",
         f"Memorisation, by the nearest of {len(rows):,} training images{' and their mirrors' if config.data.flip else ''}: median "
         f"distance {copies.median:.2f} for generated and {copies.median_held_out:.2f} for reconstructed held-out images; "
@@ -236,8 +236,8 @@ def samplers(config: Config, dry_run: bool) -> None:
     encodings = Encodings.load(config.run_dir / "encodings.pt")
     if max(e.steps) > model.schedule.timesteps:
         raise UserError(f"evaluation.steps: {max(e.steps)} is more than the model's T = {model.schedule.timesteps}")
-    for name in e.samplers:
-        model.steps_of(config.sampling.model_copy(update={"sampler": name}))
+    for sampler in e.samplers:
+        model.steps_of(config.sampling.model_copy(update={"sampler": sampler}))
     if e.images > len(encodings.mean):
         raise UserError(
             f"evaluation.images: {e.images} is more than the {len(encodings.mean):,} training latents to compare with"

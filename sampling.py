@@ -137,7 +137,8 @@ def timesteps(
     trailing  T-1, then down in equal strides (Lin et al. 2024, Table 2)      leading   0, T//N, …, reversed (DDIM)
     linspace  equal strides with both T-1 and 0 among them
     logsnr    equal strides of log(alpha/sigma) (Lu et al. 2022a, §3.4)       karras    of (sigma/alpha)^(1/7)
-    With a `strength` that share of the steps is made, from that share of the timesteps on. There are fewer where few are usable, and in the last two spacings
+    With a `strength` that share of the steps is made, from that share of the timesteps on. There are fewer where few are
+    usable, and in the last two spacings
     where neighbours fall on the same timestep. The last cosine steps have sigma/alpha of 80 … 20000; there an error in eps
     is multiplied by up to that much.
     """

@@ -112,7 +112,8 @@ def train(config: Config, dry_run: bool) -> None:
     experiment = experiment_of(config, "diffusion", **fingerprints)
 
     header = dict(
-        kind="unet", settings=unet.settings, schedule=s.schedule, timesteps=s.timesteps, prediction=s.prediction, ema=s.ema, cfg_dropout=s.cfg_dropout,
+        kind="unet", settings=unet.settings, schedule=s.schedule, timesteps=s.timesteps, prediction=s.prediction,
+        ema=s.ema, cfg_dropout=s.cfg_dropout,
         vae_fingerprint=encodings.vae_fingerprint, encodings_fingerprint=encodings.fingerprint,
     )  # fmt: skip
     extra = encodings.normaliser.state_dict("normaliser.")

@@ -13,6 +13,7 @@ class Figures:
         self._sums: dict[str, Tensor] = {}  # of figures since the last report
         self._counts: dict[str, int] = {}  # of steps that had each of them
         self._parts: list[dict[str, Tensor]] = []  # of this step's micro-batches
+        self._whole: set[str] = set()  # those that are the whole batch's in every process
         self._broken = torch.full((2,), -1, device=device)  # step, and timestep where there is one
 
     def add_part(self, figures: dict[str, Tensor], whole: int) -> None:
@@ -30,7 +31,7 @@ class Figures:
                 self._sums[name] = self._sums.get(name, 0.0) + value
         for name in figures.keys() | {name for part in self._parts for name in part}:
             self._counts[name] = self._counts.get(name, 0) + 1
-        self._parts, self._whole = [], figures.keys()
+        self._parts, self._whole = [], set(figures)
 
     def means(self) -> dict[str, float]:
         """Over the steps that had each figure and over all processes, and begin anew; empty where there was no step."""

@@ -266,7 +266,8 @@ class Run:
         A full disk does not end a run that still has work to do: the files of the last save stay, and it tries again.
         """
         self._check_finite()
-        state = dict(kind="state", fits=[*self._where(), self.micro_batch], experiment=json.dumps(self.experiment), step=self.step, minutes=self.minutes,
+        state = dict(kind="state", experiment=json.dumps(self.experiment), step=self.step, minutes=self.minutes,
+                     fits=[*self._where(), self.micro_batch],
                      net=self.net.state_dict(), ema=self.ema.net.state_dict(), optimizer=self.optimizer.state_dict())  # fmt: skip
         if self.companion is not None:
             state |= dict(companion=self.companion.state_dict(), companion_optimizer=self.companion_optimizer.state_dict())

@@ -115,14 +115,11 @@ DISTANCE_HEADINGS = ("pictures", "N", "Fréchet distance", "KID · 1000", "preci
 class Memorisation:
     """How near generated pictures lie to training images, in features."""
 
-    nearest: list[
-        tuple[int, list[int]]
-    ]  # generated pictures, those nearest to a training image first, with its SHOWN_NEIGHBOURS
+    # Generated pictures, those nearest to a training image first, each with its SHOWN_NEIGHBOURS.
+    nearest: list[tuple[int, list[int]]]
     median: float
     median_held_out: float
-    near: (
-        float  # share of generated pictures that lie nearer than all but NEAR of held-out ones: NEAR where nothing is copied
-    )
+    near: float  # share of generated pictures nearer than all but NEAR of held-out ones: NEAR where nothing is copied
 
     @classmethod
     def of(cls, found: Tensor, held_out: Tensor, training: Tensor) -> "Memorisation":

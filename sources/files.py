@@ -63,13 +63,7 @@ class Files:
             return self.read(name).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"data.path: {name} is not UTF-8 ({error})") from None
-        except (
-            OSError,
-            RuntimeError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-        ) as error:  # no right, encrypted, damaged
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # no right to, encrypted, damaged
             raise UserError(f"data.path: {name} cannot be read ({first_line(error)})") from None
 
     def find_text(self, basename: str) -> list[str] | None:

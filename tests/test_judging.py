@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import Hostile
 from PIL import Image
 
 import evaluate
@@ -231,9 +232,10 @@ def test_inception_takes_pictures_as_they_are(tmp_path):
     found = features(pixels, 2)
     assert found.shape == (3, 2048) and features.name == "Inception" and found.std() > 0
     torch.testing.assert_close(features(pixels[2:], 1), found[2:], rtol=1e-3, atol=1e-5)
-    torch.save({"weights": Features}, path)
+    torch.save({"weights": Hostile(tmp_path / "canary")}, path)
     with pytest.raises(UserError, match="its weights cannot be loaded"):
         make_features("inception", str(path), CPU)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_too_many_generated_for_the_held_out_ones(trained, mobilenet):

@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment
+from conftest import Experiment, Hostile
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -405,16 +405,6 @@ def test_resuming_with_other_settings(trained, tmp_path, capsys):
         assert f"{section}.lr was" in fails(experiment, capsys, stage, f"{section}.lr=1e-3", "--dry-run")
         assert experiment.run(stage, f"{section}.steps=9", "--dry-run") == 0
     assert not (experiment.run_dir.parent / "cache").exists()
-
-
-class Hostile:
-    """Unpickling this would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize(
