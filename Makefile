@@ -1,6 +1,6 @@
-# make demo   install if needed, then all four stages on drawn faces: no download, no GPU, about 13 minutes on two cores
-# make demo-classes, make demo-text   after it: a U-Net by attributes, or from words (8 and 12 minutes), and their grids
-# make test   install if needed, then the tests
+# make demo   install if needed, then run all four stages on synthetic faces: no download, no GPU, 13 minutes on two CPU cores
+# make demo-classes, make demo-text   the same with labels or captions: 8 and 12 minutes after make demo
+# make test   install if needed, then run the tests
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +30,7 @@ $(VENV)/installed-test: requirements.txt requirements-test.txt | $(VENV)
 	touch $@ $(VENV)/installed
 
 $(VENV):
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s; name one with: make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "nanoLDM needs Python 3.11 or newer (got %s): make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 clean:

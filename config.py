@@ -1,6 +1,6 @@
-"""The schema of an experiment: every key, its type, its default and its meaning. lab/settings.py reads files into it.
+"""Typed settings of an experiment: every key with its type, default and description. utils/settings.py reads files into it.
 
-Nothing here needs torch, so that --help and a wrong key cost no waiting.
+This module does not import torch, so --help and config errors are reported at once.
 """
 
 import os
@@ -17,260 +17,328 @@ from pydantic import (
     model_validator,
 )
 
+MIN_DISCRIMINATOR_SIZE = 24  # pixels; smaller images leave PatchDiscriminator no output
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def key(default: Any, meaning: str, **limits) -> Any:
-    return Field(default, description=meaning, **limits)
+def setting(default: Any, help: str) -> Any:
+    return Field(default, description=help)
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
+ChannelsPerLevel = Annotated[list[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+LabelValue = Union[bool, int, str]
 
 
-class Data(Section):
-    source: Literal["synthetic_faces", "folder", "celeba", "cifar10", "coco"] = key("celeba", "where images come from")
-    path: Optional[PathText] = key(
-        None, "folder or zip of the images; for celeba and cifar10 with download: where to put them"
+class DataConfig(Section):
+    source: Literal["synthetic_faces", "folder", "celeba", "cifar10", "coco"] = setting(
+        "celeba", "image source; synthetic_faces: procedural portraits, no files; folder: any folder or zip of images"
     )
-    download: bool = key(False, "celeba, cifar10: let torchvision download into data.path")
-    image_size: Annotated[int, Field(ge=8, le=4096)] = key(64, "pixels; images are square")
-    crop: Literal["auto", "ddim", "center140", "square"] = key(
+    path: Optional[PathText] = setting(
+        None, "folder or zip of the images; cifar10: folder of cifar-10-batches-py; with download: folder to download into"
+    )
+    download: bool = setting(False, "celeba, cifar10: download with torchvision into data.path")
+    image_size: Annotated[int, Field(ge=8, le=4096)] = setting(64, "width and height of the training images in pixels")
+    crop: Literal["auto", "ddim", "center140", "square"] = setting(
         "auto",
-        "ddim: CelebA's 128x128 box of Song et al. 2021; center140: 140x140 box; square: largest centred square; "
-        "auto: ddim for celeba, square otherwise",
+        "crop before resizing; ddim: CelebA's 128x128 box of Song et al. 2021; center140: CelebA's central 140x140 box; "
+        "square: largest centered square; auto: ddim for celeba, square for other sources",
     )
-    holdout: Annotated[float, Field(gt=0.0, lt=0.5)] = key(0.05, "share held out where the source has no split of its own")
-    limit: Optional[Annotated[int, Field(ge=8)]] = key(None, "use at most this many training images")
-    count: Annotated[int, Field(ge=8)] = key(10000, "synthetic_faces: how many portraits to draw for training")
-    flip: bool = key(True, "train on mirrored images too")
+    val_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = setting(
+        0.05, "fraction of the images used for validation if the source has no validation split of its own"
+    )
+    max_train_images: Optional[Annotated[int, Field(ge=8)]] = setting(
+        None, "use at most this many training images, spread evenly over the source; default: all"
+    )
+    num_images: Annotated[int, Field(ge=8)] = setting(
+        10000, "synthetic_faces: number of training images; val_fraction · num_images validation images are added"
+    )
+    flip: bool = setting(True, "also train on horizontally mirrored images")
 
 
-class Perceptual(Section):
-    net: Literal["none", "vgg", "alex", "squeeze", "vgg19"] = key(
+class PerceptualConfig(Section):
+    net: Literal["none", "vgg", "alex", "squeeze", "vgg19"] = setting(
         "vgg",
-        "vgg, alex, squeeze: LPIPS (Zhang et al. 2018); vgg19: unit-normalised feature distance up to relu3_1; none: off",
+        "perceptual loss; vgg, alex, squeeze: LPIPS (Zhang et al. 2018) with this backbone; vgg19: distance between "
+        "unit-length VGG19 features up to relu3_1; none: off",
     )
-    weight: Annotated[float, Field(ge=0.0)] = key(1.0, "factor of the perceptual term")
-    weights: Optional[PathText] = key(
-        None, "local file of the backbone's weights; without it torchvision's cache or download"
+    weight: Weight = setting(1.0, "weight of the perceptual loss; 0: off")
+    weights: Optional[PathText] = setting(
+        None, "local file with the ImageNet weights of the backbone; default: torchvision's cache, else download"
     )
 
 
-class Adversarial(Section):
-    weight: Annotated[float, Field(ge=0.0)] = key(0.0, "factor of the adversarial term beside its adaptive weight; 0: off")
-    start: Count = key(20000, "step at which it begins")
-    width: Annotated[int, Field(ge=8)] = key(64, "channels of the discriminator's first layer")
-    lr: PositiveFloat = key(2e-4, "learning rate of the discriminator")
-
-
-class Training(Section):
-    """What both training stages share."""
-
-    steps: PositiveInt = key(20000, "optimiser steps in all")
-    max_minutes: Optional[PositiveFloat] = key(
-        None, "end the stage cleanly after this many minutes of training, all runs together"
+class AdversarialConfig(Section):
+    weight: Weight = setting(
+        0.0, "weight of the adversarial loss, multiplied by the adaptive weight of Esser et al. 2021, eq. 7; 0: off"
     )
-    batch_size: PositiveInt = key(64, "images per step")
-    micro_batch: Union[Literal["auto"], PositiveInt] = key(
-        "auto", "images per forward and backward pass, gradients being summed; auto: halve until it fits the GPU's memory"
+    start: Count = setting(20000, "step at which the adversarial loss starts")
+    width: Annotated[int, Field(ge=8)] = setting(64, "channels of the discriminator's first layer")
+    lr: PositiveFloat = setting(2e-4, "learning rate of the discriminator, constant")
+
+
+class TrainingConfig(Section):
+    """Settings shared by both training scripts."""
+
+    steps: PositiveInt = setting(20000, "total number of optimizer steps")
+    max_minutes: Optional[PositiveFloat] = setting(
+        None, "stop after this many minutes of training, summed over resumed runs, even if steps are left"
     )
-    checkpointing: bool = key(False, "recompute activations in the backward pass: less memory for one more forward pass")
-    lr: PositiveFloat = key(2e-4, "learning rate of AdamW after warm-up")
-    lr_decay: Literal["none", "cosine"] = key("none", "cosine: fall to a tenth of lr at the last step, or at max_minutes")
-    warmup: Count = key(500, "steps over which lr rises linearly from 0")
-    weight_decay: Annotated[float, Field(ge=0.0)] = key(0.0, "decoupled weight decay of AdamW")
-    grad_clip: PositiveFloat = key(1.0, "largest norm of the gradient")
-    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.999, "EMA decay, warmed as min(ema, (1+n)/(10+n)); 0: off")
-    log_every: PositiveInt = key(50, "steps between log lines")
-    eval_every: PositiveInt = key(1000, "steps between held-out evaluations and sample pictures")
-    save_minutes: PositiveFloat = key(5.0, "minutes between saves of the full training state")
-
-
-class Vae(Training):
-    widths: Annotated[list[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)] = key(
-        [64, 112, 128], "channels per level; f = patch · 2^(levels-1)"
+    batch_size: PositiveInt = setting(64, "images per optimizer step, over all GPUs")
+    micro_batch: Union[Literal["auto"], PositiveInt] = setting(
+        "auto",
+        "images per forward and backward pass of each GPU, with gradient accumulation; auto: halve until it fits in memory",
     )
-    blocks: PositiveInt = key(1, "residual blocks per level")
-    attention: bool = key(True, "self-attention at the smallest resolution")
-    patch: PositiveInt = key(1, "fold patch×patch pixels into channels before the first level")
-    latent_channels: PositiveInt = key(8, "channels of the latent")
-    output: Literal["none", "tanh"] = key("none", "tanh bounds the decoder to [-1, 1]")
-    reconstruction: Literal["mse", "l1"] = key("mse", "mean over pixels and channels")
-    perceptual: Perceptual = Perceptual()
-    adversarial: Adversarial = Adversarial()
-    kl_weight: Annotated[float, Field(ge=0.0)] = key(
-        1e-6, "factor of the KL term in nats per latent dimension (mean over dimensions, not LDM's sum: see README)"
+    grad_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, about one more forward pass per step"
     )
-    kl_warmup: Count = key(0, "steps over which kl_weight rises linearly from 0")
-
-
-class Encodings(Section):
-    batch_size: PositiveInt = key(256, "images per encoder pass")
-    normalise: Literal["global", "per_channel"] = key(
-        "global", "global: shift 0, scale 1/std of all latents; per_channel: zero mean, unit std"
+    lr: PositiveFloat = setting(2e-4, "learning rate of AdamW after warm-up")
+    lr_decay: Literal["none", "cosine"] = setting(
+        "none", "cosine: decay to lr/10 at the last step or at max_minutes, whichever is closer"
     )
-    dtype: Literal["float16", "bfloat16"] = key("float16", "how latents are stored")
+    warmup: Count = setting(500, "steps of linear learning rate warm-up")
+    weight_decay: Weight = setting(0.0, "decoupled weight decay of AdamW")
+    grad_clip: PositiveFloat = setting(1.0, "maximum gradient norm")
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = setting(
+        0.999, "EMA decay of the weights, min(ema_decay, (1+n)/(10+n)) at step n; 0: off"
+    )
+    log_every: PositiveInt = setting(50, "steps between entries in metrics.jsonl, TensorBoard and wandb")
+    eval_every: PositiveInt = setting(
+        1000, "steps between evaluations on validation data, with a grid of reconstructions or samples"
+    )
+    save_minutes: PositiveFloat = setting(5.0, "minutes between saves of weights and training state")
 
 
-class Text(Section):
-    encoder: Literal["none", "clip", "words"] = key(
+class VAEConfig(TrainingConfig):
+    channels: ChannelsPerLevel = setting(
+        [64, 112, 128], "channels per resolution level; downsampling factor f = patch_size · 2^(levels-1)"
+    )
+    num_res_blocks: PositiveInt = setting(1, "residual blocks per level")
+    attention: bool = setting(True, "self-attention at the lowest resolution")
+    patch_size: PositiveInt = setting(1, "fold patch_size x patch_size pixels into channels before the first level")
+    latent_channels: PositiveInt = setting(8, "channels of the latent")
+    output_activation: Literal["none", "tanh"] = setting("none", "tanh: limit the decoder's output to [-1, 1]")
+    reconstruction: Literal["mse", "l1"] = setting("mse", "reconstruction loss, mean over pixels and channels")
+    kl_weight: Weight = setting(
+        1e-6, "weight of the KL loss, in nats per latent dimension (mean over dimensions, while LDM uses the sum)"
+    )
+    kl_warmup: Count = setting(0, "steps of linear kl_weight warm-up")
+    perceptual: PerceptualConfig = PerceptualConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+
+    @property
+    def downsampling(self) -> int:
+        return self.patch_size * 2 ** (len(self.channels) - 1)
+
+
+class EncodingsConfig(Section):
+    batch_size: PositiveInt = setting(256, "images per encoder pass; clip: captions per text encoder pass")
+    normalization: Literal["global", "per_channel"] = setting(
+        "global",
+        "global: scale all latents by 1/std of all values, no shift; per_channel: zero mean and unit std per channel",
+    )
+    dtype: Literal["float16", "bfloat16"] = setting("float16", "storage type of the latents")
+
+
+class TextConfig(Section):
+    encoder: Literal["none", "clip", "words"] = setting(
         "none",
-        "of captions; clip: a frozen CLIP, cached by create_encodings.py; words: a small transformer, trained with the U-Net",
+        "caption encoder; clip: frozen CLIP, embeddings cached by create_encodings.py; words: small transformer over "
+        "words, trained with the U-Net",
     )
-    model: PathText = key("openai/clip-vit-base-patch32", "clip: its name on the Hugging Face hub, or a local folder")
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = key(128, "words: size of a token")
-    layers: PositiveInt = key(2, "words: transformer blocks")
-    max_words: PositiveInt = key(32, "words: longer captions are cut")
+    model: PathText = setting("openai/clip-vit-base-patch32", "clip: name on the Hugging Face Hub, or a local folder")
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = setting(128, "words: channels of a token")
+    layers: PositiveInt = setting(2, "words: number of transformer blocks")
+    max_words: PositiveInt = setting(32, "words: maximum caption length; longer captions are cut")
 
 
-class Diffusion(Training):
-    name: Optional[Name] = key(None, "folder of this model under runs/<name>/; default: the schedule's name")
-    schedule: Literal["linear", "cosine", "scaled_linear", "flow"] = key(
-        "cosine", "noise schedule; flow: rectified flow, with prediction velocity"
+class DiffusionConfig(TrainingConfig):
+    name: Optional[Name] = setting(
+        None, "name of this U-Net, its folder is <runs_dir>/<name>/<diffusion.name>; default: the schedule's name"
     )
-    timesteps: Annotated[int, Field(ge=2)] = key(1000, "T")
-    prediction: Literal["eps", "v", "x0", "velocity"] = key("eps", "what the network predicts")
-    timestep_sampling: Literal["uniform", "logit_normal"] = key(
-        "uniform", "which timesteps are trained on; logit_normal: more of the middle ones (Esser et al. 2024, §3.1)"
+    schedule: Literal["linear", "cosine", "scaled_linear", "flow"] = setting(
+        "cosine",
+        "noise schedule; linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021; scaled_linear: LDM; "
+        "flow: rectified flow, usually with prediction=velocity",
     )
-    weighting: Literal["none", "min_snr"] = key("none", "loss weights over timesteps; min_snr: Hang et al. 2023")
-    min_snr_gamma: PositiveFloat = key(5.0, "gamma of min_snr")
-    widths: Annotated[list[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)] = key(
-        [128, 256, 320], "channels per level; each level halves the latent"
+    timesteps: Annotated[int, Field(ge=2)] = setting(1000, "number of timesteps T")
+    prediction: Literal["eps", "v", "x0", "velocity"] = setting(
+        "eps", "prediction target: noise, v (Salimans & Ho 2022), clean latent, or the velocity eps - z of rectified flow"
     )
-    blocks: PositiveInt = key(2, "residual blocks per level")
-    attention: list[PositiveInt] = key([8], "latent widths at which there is self-attention")
-    head_channels: PositiveInt = key(64, "channels per attention head")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.1, "dropout inside residual blocks")
-    condition: Literal["none", "class", "text"] = key(
-        "none", "what a picture is conditioned on: its labels, or its captions"
+    timestep_sampling: Literal["uniform", "logit_normal"] = setting(
+        "uniform", "distribution of training timesteps; logit_normal: more in the middle (Esser et al. 2024, §3.1)"
     )
-    labels: Optional[list[str]] = key(None, "class: which kinds of label, where the source has several; default: all")
-    cfg_dropout: Share = key(0.1, "share of conditions replaced with the null one, for classifier-free guidance")
-    cross_attention: list[PositiveInt] = key([], "text: latent widths at which there is cross-attention to the caption")
-    bottleneck: Literal["residual", "transformer"] = key(
-        "residual", "the middle of the U-Net; transformer: adaLN-Zero blocks"
+    weighting: Literal["none", "min_snr"] = setting("none", "loss weight per timestep; min_snr: Hang et al. 2023")
+    min_snr_gamma: PositiveFloat = setting(5.0, "gamma of min_snr")
+    channels: ChannelsPerLevel = setting(
+        [128, 256, 320], "channels per resolution level; every level after the first halves the resolution"
     )
-    bottleneck_blocks: PositiveInt = key(4, "transformer: how many blocks")
-    snapshot_every: Optional[PositiveInt] = key(
-        None, "steps between weights files kept in snapshots/, for sampling.autoguidance"
+    num_res_blocks: PositiveInt = setting(2, "residual blocks per level")
+    attn_resolutions: list[PositiveInt] = setting(
+        [8], "latent resolutions with self-attention; the bottleneck always has it"
     )
-    sample_images: PositiveInt = key(36, "images of the sample picture while training (unipc, 20 steps, fixed noise)")
+    head_channels: PositiveInt = setting(64, "channels per attention head")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = setting(0.1, "dropout in residual blocks")
+    condition: Literal["none", "class", "text"] = setting(
+        "none", "conditioning; class: labels of the images; text: captions, see text.encoder"
+    )
+    labels: Optional[list[str]] = setting(None, "class: names of the labels to condition on; default: all of the source")
+    cfg_dropout: Fraction = setting(
+        0.1, "probability of training on the null condition instead, for classifier-free guidance"
+    )
+    cross_attn_resolutions: list[PositiveInt] = setting([], "text: latent resolutions with cross-attention to the caption")
+    bottleneck: Literal["residual", "transformer"] = setting(
+        "residual", "middle block of the U-Net; residual: residual blocks and attention; transformer: adaLN-Zero blocks"
+    )
+    bottleneck_blocks: PositiveInt = setting(4, "transformer: number of blocks")
+    snapshot_every: Optional[PositiveInt] = setting(
+        None, "steps between weights files kept in snapshots/, for sampling.autoguidance; default: none"
+    )
+    sample_images: PositiveInt = setting(36, "images in the sample grid during training (unipc, 20 steps, fixed noise)")
 
 
 SamplerName = Literal["ancestral", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
 
 
-class Sampling(Section):
-    sampler: SamplerName = key(
+class SamplingConfig(Section):
+    sampler: SamplerName = setting(
         "unipc",
-        "ancestral: Ho et al. 2020; ddim: Song et al. 2021; euler, heun: Karras et al. 2022; dpmpp_2m and its SDE form: "
-        "Lu et al. 2022; unipc: Zhao et al. 2023",
+        "ancestral: DDPM, Ho et al. 2020; ddim: Song et al. 2021; euler, heun: Karras et al. 2022; dpmpp_2m, "
+        "dpmpp_2m_sde: Lu et al. 2022; unipc: Zhao et al. 2023",
     )
-    steps: PositiveInt = key(25, "steps of the solver, at most diffusion.timesteps; one network evaluation each, heun two")
-    eta: Share = key(0.0, "ddim: 0 deterministic … 1 ancestral")
-    order: Annotated[int, Field(ge=1, le=3)] = key(2, "unipc: order of the solver")
-    variance: Literal["posterior", "beta"] = key("posterior", "ancestral: variance of a step")
-    spacing: Literal["auto", "trailing", "leading", "linspace", "logsnr", "karras"] = key(
+    steps: PositiveInt = setting(
+        25, "solver steps, at most diffusion.timesteps; one network evaluation per step, two for heun"
+    )
+    eta: Fraction = setting(0.0, "ddim: added noise, from 0 (deterministic) to 1 (as ancestral)")
+    order: Annotated[int, Field(ge=1, le=3)] = setting(2, "unipc: order of the solver")
+    variance: Literal["posterior", "beta"] = setting("posterior", "ancestral: variance of the added noise")
+    spacing: Literal["auto", "trailing", "leading", "linspace", "logsnr", "karras"] = setting(
         "auto",
-        "which timesteps are visited: even in t, or in log(alpha/sigma), or as Karras et al. 2022; auto: logsnr for heun, dpmpp_2m, its SDE "
-        "form and unipc, trailing for the others and for flow",
+        "timestep spacing; trailing, leading, linspace: uniform in t; logsnr: uniform in log(alpha/sigma); karras: Karras "
+        "et al. 2022; auto: logsnr for heun, dpmpp_2m, dpmpp_2m_sde and unipc, trailing for other samplers and for flow",
     )
-    sigma_max: Optional[PositiveFloat] = key(
+    sigma_max: Optional[PositiveFloat] = setting(
         None,
-        "start where sigma/alpha is at most this; default: 80 for cosine (near t = 990), 1000 for flow, no bound for others",
+        "start at the last timestep with sigma/alpha at most this; default: 80 for cosine, 1000 for flow, else no limit",
     )
-    x0_clamp: Union[Literal["range", "none"], PositiveFloat] = key(
+    x0_clamp: Union[Literal["range", "none"], PositiveFloat] = setting(
         "range",
-        "bound on the clean estimate: the measured range of the latents, none, or ± a number (1.0 shrinks latents: README)",
+        "clamp of the clean estimate; range: range of the training latents per channel; none: off; a number c: [-c, c], "
+        "but 1.0 shrinks latents of unit variance",
     )
-    clean_steps: Count = key(0, "make the last K steps deterministic")
-    seed: Seed = key(0, "image i depends on this and i alone")
-    guidance: Annotated[float, Field(ge=0.0)] = key(1.0, "scale w: uncond + w (cond - uncond); 1: off, 0: unconditional")
-    guidance_interval: Optional[Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=2, max_length=2)]] = key(
-        None, "guide only where sigma/alpha lies between these two (Kynkäänniemi et al. 2024)"
+    clean_finish_steps: Count = setting(0, "number of last steps that add no noise")
+    seed: Seed = setting(0, "seed of the noise; image i depends only on the seed and i")
+    guidance: Weight = setting(
+        1.0, "guidance scale w in uncond + w (cond - uncond); 1: off, 0: unconditional, above 1: stronger conditioning"
     )
-    guidance_rescale: Share = key(0.0, "draw the spread of guided estimates back to the unguided ones' (Lin et al. 2024)")
-    autoguidance: Optional[PathText] = key(
+    guidance_interval: Optional[Annotated[list[Weight], Field(min_length=2, max_length=2)]] = setting(
+        None, "[low, high]: use guidance only if sigma/alpha is in this range (Kynkäänniemi et al. 2024); default: always"
+    )
+    guidance_rescale: Fraction = setting(
+        0.0, "strength of rescaling guided estimates to the std of conditional ones (Lin et al. 2024); 0: off"
+    )
+    autoguidance: Optional[PathText] = setting(
         None,
-        "weights of an earlier snapshot or a smaller model to guide away from (Karras et al. 2024), instead of the null condition",
+        "weights file of an earlier snapshot or a smaller U-Net to guide away from, instead of the null condition "
+        "(Karras et al. 2024)",
     )
-    labels: Optional[Annotated[list[Union[bool, int, str, dict[str, Union[bool, int, str]]]], Field(min_length=1)]] = key(
+    labels: Optional[Annotated[list[Union[LabelValue, dict[str, LabelValue]]], Field(min_length=1)]] = setting(
         None,
-        "a row of pictures for each: [0, cat] where there is one kind of label, "
-        "[{hat: beanie, glasses: yes}] where there are more; default: every class, at most sampling.rows of them",
+        "class: one grid row per entry. A model with one label takes its values: [0, cat]. A model with several takes "
+        "mappings: [{hat: beanie, glasses: yes}]. Default: all values of a single label, at most sampling.rows of them; "
+        "no condition if there are several labels",
     )
-    prompts: Optional[Annotated[list[str], Field(min_length=1)]] = key(None, "a row of pictures for each caption")
-    slerp_to: Optional[Seed] = key(None, "another seed: each row goes from an image of `seed` to one of this seed")
-    image: Optional[PathText] = key(None, "a picture to start from (image-to-image), of the model's size")
-    strength: Optional[Annotated[float, Field(gt=0.0, le=1.0)]] = key(
+    prompts: Optional[Annotated[list[str], Field(min_length=1)]] = setting(
+        None, "text: one grid row per caption; default: no condition"
+    )
+    slerp_to: Optional[Seed] = setting(None, "second seed: each row interpolates from an image of seed to one of slerp_to")
+    image: Optional[PathText] = setting(None, "image-to-image: path of the initial image, in the model's image size")
+    strength: Optional[Annotated[float, Field(gt=0.0, le=1.0)]] = setting(
+        None, "image-to-image: fraction of the steps to run; 1: start from pure noise; default: 0.6, or 1 with a mask"
+    )
+    mask: Optional[PathText] = setting(None, "inpainting: path of an image that is white where sampling.image is replaced")
+    rows: PositiveInt = setting(10, "rows of the grid; labels and prompts override it")
+    cols: PositiveInt = setting(10, "columns of the grid")
+    num_images: Optional[PositiveInt] = setting(
+        None, "number of images; default: rows · cols; more than the grid holds requires save_images"
+    )
+    batch_size: PositiveInt = setting(100, "images per sampling batch")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "float32", "float32: images do not depend on the batch size; auto: bfloat16 if the hardware supports it, faster"
+    )
+    trajectory_frames: Count = setting(
+        0, "frames of a strip and a GIF of the denoising: decoded clean estimates of the first images; 0: off"
+    )
+    save_images: bool = setting(False, "also save every image as a PNG file")
+
+
+class EvaluationConfig(Section):
+    task: Literal["samplers", "reconstruction", "generation", "latents", "loss"] = setting(
+        "generation", "what evaluate.py measures; evaluate.py --help describes the tasks"
+    )
+    num_images: Annotated[int, Field(ge=8)] = setting(
+        256, "number of images to evaluate: validation images, and generated images for generation and samplers"
+    )
+    num_generated: Optional[Annotated[int, Field(ge=8)]] = setting(
         None,
-        "share of the steps made from sampling.image; 1 forgets all of it but what a mask keeps; default: 0.6, with a mask 1",
+        "generation: overrides num_images; a Fréchet distance needs more images than features (2,048 for Inception)",
     )
-    mask: Optional[PathText] = key(None, "inpainting: a picture, white where sampling.image is to be drawn anew")
-    rows: PositiveInt = key(10, "rows of the grid; where labels or prompts are given, there is one for each")
-    cols: PositiveInt = key(10, "columns of the grid")
-    images: Optional[PositiveInt] = key(
-        None, "how many images to draw, by default rows·cols; more than fit the grid need single_files"
+    num_reference: Annotated[int, Field(ge=8)] = setting(
+        10000, "generation: maximum number of training images to compare with"
     )
-    batch_size: PositiveInt = key(100, "images per network pass")
-    precision: Literal["auto", "float32", "bfloat16"] = key(
-        "float32", "float32: the same picture in any batch size; auto: as in training, faster"
+    features: Literal["inception", "mobilenet_v2", "mobilenet_v2_keras"] = setting(
+        "inception", "feature network; distances in features of different networks cannot be compared"
     )
-    strip: Count = key(0, "frames of a denoising strip and GIF: decoded clean estimates of the first images; 0: none")
-    single_files: bool = key(False, "save every image as a PNG of its own too")
+    weights: Optional[PathText] = setting(
+        None, "local file with the weights of the feature network; default: download; mobilenet_v2_keras: required"
+    )
+    samplers: Annotated[list[SamplerName], Field(min_length=1)] = setting(
+        list(get_args(SamplerName)), "samplers: which samplers to compare"
+    )
+    steps: Annotated[list[PositiveInt], Field(min_length=1)] = setting(
+        [5, 10, 20, 50, 100, 1000], "samplers: numbers of steps to compare"
+    )
+    batch_size: PositiveInt = setting(128, "images per network pass")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "auto: bfloat16 if the hardware supports it, else float32; latents: always float32"
+    )
 
 
-class Evaluation(Section):
-    task: Literal["samplers", "reconstruction", "generation", "latents", "loss"] = key(
-        "generation", "what evaluate.py judges; its --help says what each does"
-    )
-    images: Annotated[int, Field(ge=8)] = key(256, "images to judge: noises of the samplers, generated, held-out")
-    generated: Optional[Annotated[int, Field(ge=8)]] = key(
-        None, "generation: so many instead; the Fréchet distance wants more of them than features (2,048 of Inception)"
-    )
-    reference: Annotated[int, Field(ge=8)] = key(10000, "generation: at most so many training images to compare with")
-    features: Literal["inception", "mobilenet_v2", "mobilenet_v2_keras"] = key(
-        "inception", "network whose features the distances are of; figures of two networks are never comparable"
-    )
-    weights: Optional[PathText] = key(None, "local file of that network's weights; without it the usual download")
-    samplers: Annotated[list[SamplerName], Field(min_length=1)] = key(
-        list(get_args(SamplerName)), "samplers: which to compare"
-    )
-    steps: Annotated[list[PositiveInt], Field(min_length=1)] = key([5, 10, 20, 50, 100, 1000], "samplers: numbers of steps")
-    batch_size: PositiveInt = key(128, "images per network pass")
-    precision: Literal["auto", "float32", "bfloat16"] = key("auto", "as in training")
-
-
-class Logging(Section):
-    tensorboard: bool = key(True, "write scalars and pictures for TensorBoard")
-    wandb: bool = key(False, "log to Weights & Biases where the package is installed")
+class LoggingConfig(Section):
+    tensorboard: bool = setting(True, "log scalars and images to TensorBoard")
+    wandb: bool = setting(False, "log to Weights & Biases, if the package wandb is installed")
 
 
 class Config(Section):
-    name: Name = key("celeba64", "the experiment; its files lie in <runs_dir>/<name>")
-    seed: Seed = key(0, "seed of training, and of the portraits of synthetic_faces")
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = key("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bf16 where the hardware has it, else float32")
-    compile: Union[Literal["auto"], bool] = key(
-        "auto", "torch.compile: true; false; auto: on CUDA the networks in training, and sampling's network as a CUDA graph"
+    name: Name = setting("celeba64", "name of the experiment; its files are in <runs_dir>/<name>")
+    seed: Seed = setting(0, "seed of training and of the synthetic_faces images")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = setting(
+        "auto", "auto, cpu, mps, cuda or cuda:N; auto: cuda if available, else mps, else cpu"
     )
-    runs_dir: PathText = key("runs", "working files")
-    results_dir: PathText = key("results", "grids, and the pages of evaluate.py")
-    data: Data = Data()
-    vae: Vae = Vae()
-    encodings: Encodings = Encodings()
-    text: Text = Text()
-    diffusion: Diffusion = Diffusion()
-    sampling: Sampling = Sampling()
-    evaluation: Evaluation = Evaluation()
-    logging: Logging = Logging()
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "precision of training and encoding; auto: bfloat16 autocast if the hardware supports it, else float32"
+    )
+    compile: Union[Literal["auto"], bool] = setting(
+        "auto", "torch.compile; auto: on CUDA, compile networks in training only, and sample with a CUDA graph"
+    )
+    runs_dir: PathText = setting("runs", "folder for weights, encodings, logs and the image cache")
+    results_dir: PathText = setting("results", "folder for image grids and reports of evaluate.py")
+    data: DataConfig = DataConfig()
+    vae: VAEConfig = VAEConfig()
+    encodings: EncodingsConfig = EncodingsConfig()
+    text: TextConfig = TextConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -280,66 +348,87 @@ class Config(Section):
     def diffusion_name(self) -> str:
         return self.diffusion.name or self.diffusion.schedule
 
+    # Rules across keys. Each message names the keys, because pydantic reports these errors without a location.
+
     @model_validator(mode="after")
-    def _fits_together(self) -> "Config":
-        f = self.vae.patch * 2 ** (len(self.vae.widths) - 1)
-        if self.data.image_size % f:
-            raise ValueError(
-                f"data.image_size {self.data.image_size} is not a multiple of the VAE's down-sampling factor {f} (vae.patch · 2^(levels-1))"
-            )
-        latent, halvings = self.data.image_size // f, len(self.diffusion.widths) - 1
-        if latent % 2**halvings:
-            raise ValueError(
-                f"latents of {latent}x{latent} cannot be halved {halvings} times (diffusion.widths has {halvings + 1} levels)"
-            )
-        if self.diffusion_name in ("vae", "encodings.pt"):
-            raise ValueError(f"diffusion.name {self.diffusion_name!r} is taken by another stage's files")
+    def _check_names(self) -> "Config":
         if self.name == "cache":
-            raise ValueError("name 'cache' is taken by the image cache")
-        if self.sampling.steps > self.diffusion.timesteps:
+            raise ValueError("name must not be 'cache', the folder of the image cache")
+        if self.diffusion_name in ("vae", "encodings.pt"):
+            raise ValueError(f"diffusion.name must not be {self.diffusion_name!r}, which another stage uses")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "Config":
+        size, levels = self.data.image_size, len(self.diffusion.channels)
+        f, latent_size = self.vae.downsampling, size // self.vae.downsampling
+        if size % f:
             raise ValueError(
-                f"sampling.steps {self.sampling.steps} is more than diffusion.timesteps {self.diffusion.timesteps}"
+                f"data.image_size must be a multiple of {f}, the VAE's downsampling factor vae.patch_size · 2^(levels-1) "
+                f"(got {size})"
             )
-        if self.diffusion.condition == "text" and self.text.encoder == "none":
-            raise ValueError("diffusion.condition=text needs text.encoder=clip or words")
-        cross = self.diffusion.cross_attention
-        if self.diffusion.condition == "text" and not {latent >> level for level in range(halvings + 1)} & set(cross):
+        if latent_size % 2 ** (levels - 1):
             raise ValueError(
-                f"diffusion.cross_attention {cross} names none of the widths that latents of {latent} have in the U-Net; with "
-                f"diffusion.condition=text some are to attend to the caption"
+                f"diffusion.channels must have fewer levels: latents of {latent_size}x{latent_size} cannot be halved "
+                f"{levels - 1} times (got {levels} levels)"
             )
-        s = self.sampling
-        if self.diffusion.condition == "none" and s.guidance != 1 and s.autoguidance is None:
+        if self.vae.adversarial.weight > 0 and size < MIN_DISCRIMINATOR_SIZE:
             raise ValueError(
-                f"sampling.guidance={s.guidance:g} with diffusion.condition=none: the model has nothing to be guided by; set it to 1, "
-                f"or name a weaker model with sampling.autoguidance"
+                f"data.image_size must be at least {MIN_DISCRIMINATOR_SIZE} if vae.adversarial.weight > 0 (got {size})"
             )
-        if s.labels is not None and s.prompts is not None:
-            raise ValueError("sampling.labels and sampling.prompts exclude each other")
-        if s.guidance_interval is not None and not s.guidance_interval[0] < s.guidance_interval[1]:
+        return self
+
+    @model_validator(mode="after")
+    def _check_text(self) -> "Config":
+        if self.diffusion.condition != "text":
+            return self
+        if self.text.encoder == "none":
+            raise ValueError("diffusion.condition=text needs text.encoder=clip or words (got none)")
+        latent_size = self.data.image_size // self.vae.downsampling
+        resolutions = [latent_size >> level for level in range(len(self.diffusion.channels))]
+        if not set(resolutions) & set(self.diffusion.cross_attn_resolutions):
             raise ValueError(
-                f"sampling.guidance_interval goes from a lower to a higher sigma/alpha, not {s.guidance_interval}"
+                f"diffusion.cross_attn_resolutions must contain at least one of {', '.join(map(str, resolutions))}, the "
+                f"U-Net's resolutions, if diffusion.condition=text (got {self.diffusion.cross_attn_resolutions})"
             )
-        aside = {
-            "autoguidance": s.autoguidance,
-            "guidance_interval": s.guidance_interval,
-            "guidance_rescale": s.guidance_rescale or None,
-        }
-        idle = [name for name, value in aside.items() if value is not None] if s.guidance == 1 else []
-        if idle:
-            raise ValueError(f"sampling.{idle[0]} has no effect with sampling.guidance=1, which is off: set it, to 2 say")
-        if self.vae.adversarial.weight > 0 and self.data.image_size < 24:
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> "Config":
+        cfg, timesteps = self.sampling, self.diffusion.timesteps
+        if cfg.steps > timesteps:
+            raise ValueError(f"sampling.steps must be at most diffusion.timesteps = {timesteps} (got {cfg.steps})")
+        if cfg.clean_finish_steps > cfg.steps:
             raise ValueError(
-                f"vae.adversarial: its patches need pictures of 24 pixels or more, not data.image_size={self.data.image_size}"
+                f"sampling.clean_finish_steps must be at most sampling.steps = {cfg.steps} (got {cfg.clean_finish_steps})"
             )
-        if s.mask is not None and s.image is None:
-            raise ValueError("sampling.mask needs a sampling.image")
-        if s.slerp_to is not None and s.image is not None:
-            raise ValueError("sampling.slerp_to and sampling.image exclude each other")
-        if s.slerp_to is not None and (s.sampler in ("ancestral", "dpmpp_2m_sde") or s.eta > 0):
-            raise ValueError("sampling.slerp_to needs a sampler that adds no noise of its own: ddim with eta 0, unipc, …")
-        if self.sampling.clean_steps > self.sampling.steps:
+        if cfg.labels is not None and cfg.prompts is not None:
+            raise ValueError("sampling.labels and sampling.prompts are mutually exclusive: set one of them to null")
+        if cfg.mask is not None and cfg.image is None:
+            raise ValueError("sampling.mask needs sampling.image")
+        if cfg.slerp_to is not None and cfg.image is not None:
+            raise ValueError("sampling.slerp_to and sampling.image are mutually exclusive: set one of them to null")
+        if cfg.slerp_to is not None and (cfg.sampler in ("ancestral", "dpmpp_2m_sde") or cfg.eta > 0):
             raise ValueError(
-                f"sampling.clean_steps {self.sampling.clean_steps} is more than sampling.steps {self.sampling.steps}"
+                f"sampling.slerp_to needs a sampler without added noise, such as unipc or ddim, and sampling.eta=0 "
+                f"(got {cfg.sampler}, eta={cfg.eta:g})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> "Config":
+        cfg = self.sampling
+        if self.diffusion.condition == "none" and cfg.guidance != 1 and cfg.autoguidance is None:
+            raise ValueError(
+                f"sampling.guidance must be 1 if diffusion.condition=none (got {cfg.guidance:g}): "
+                f"set it to 1, or name a weaker U-Net with sampling.autoguidance"
+            )
+        if cfg.guidance_interval is not None and not cfg.guidance_interval[0] < cfg.guidance_interval[1]:
+            raise ValueError(f"sampling.guidance_interval must be [low, high] with low < high (got {cfg.guidance_interval})")
+        if cfg.guidance == 1:
+            for name in ("autoguidance", "guidance_interval", "guidance_rescale"):
+                if getattr(cfg, name) not in (None, 0.0):
+                    raise ValueError(
+                        f"sampling.{name} has no effect if sampling.guidance=1 (off): set another scale, for example 2"
+                    )
         return self

@@ -1,14 +1,14 @@
-"""Stage 2: VAE -> runs/<name>/encodings.pt.
+"""Stage 2 of 4: VAE -> runs/<name>/encodings.pt.
 
-Encodes every training and held-out image to its posterior mean, the mirrored image too where data.flip is on, measures
-the normaliser and stores all with labels, captions, their embeddings where text.encoder is clip, and fingerprints. Does
-nothing where the file is up to date, and goes on where it was interrupted.
+Encode every training and validation image to its posterior mean (also mirrored if data.flip is on), fit the normalizer, and
+store both with labels, captions, caption embeddings (text.encoder=clip) and fingerprints. Does nothing if the file is up to
+date. Run the same command again to continue after an interruption.
 """
 
-from lab import cli
+from utils import cli
 
 if __name__ == "__main__":
-    cli.answer_early(__doc__)
+    cli.handle_help(__doc__)
 
 import hashlib
 import shutil
@@ -22,207 +22,217 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
-from data import Images, to_float
-from lab import parallel
-from lab.artifacts import fingerprint, load_plain, require_space, save_plain
-from lab.errors import UserError
-from lab.feed import Feed
-from latent_cache import CaptionEmbeddings, Encodings
-from latent_diffusion import images_of, load_vae, note_if_stopped, vae_path
-from models.latents import Normaliser
-from sources import HELD_OUT, TRAIN
-from sources.clip import ClipText
-from training import autocast, compile_networks, pick_device, pick_precision
+from dataset import TRAIN, VAL
+from dataset.encodings import CaptionEmbeddings, LatentDataset
+from dataset.loader import BatchLoader
+from dataset.text_encoder import TextEncoder
+from models.normalizer import Normalizer
+from models.vae import VAE
+from pipeline.stage_files import encodings_path, load_images_for, load_vae, note_if_unfinished, vae_path
+from utils import distributed
+from utils.checkpoints import fingerprint, load_tensors, save_tensors
+from utils.device import autocast, compile_networks, pick_device, pick_precision
+from utils.errors import UserError
+from utils.files import require_space
+from utils.images import to_float
 
-PART = 8192  # images or captions between two writes: what an interruption can cost
-TOKENS = 15  # of a caption, about
+CHUNK = 8192  # images or captions per temporary file; an interruption repeats at most one chunk per process
+TOKENS_PER_CAPTION = 15  # for the estimate of disk space
+
+# Encode the items of a range; call the second argument with the number of items finished.
+EncodeChunk = Callable[[range, Callable[[int], object]], dict[str, Tensor]]
 
 
 def encode(config: Config, dry_run: bool) -> None:
-    s, device = config.encodings, pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
-    path = config.run_dir / "encodings.pt"
-    vae, header = load_vae(config, device)
-    vae_fingerprint = fingerprint(vae.state_dict())
-    images = images_of(config, header)
-    note_if_stopped(vae_path(config), header, "train_vae.py")
-    rows = {split: images.rows(split) for split in (TRAIN, HELD_OUT)}
-    side = header["image_size"] // vae.downsampling
-    per_image = side * side * vae.latent_channels * 2  # bytes
-    stored = len(rows[TRAIN]) * (2 if config.data.flip else 1) + len(rows[HELD_OUT])
-    require_space(config.run_dir, 2 * stored * per_image)  # the parts, and the whole made of them
-
-    print(
-        f"encodings: {len(rows[TRAIN]):,} training images{' and their mirrors' if config.data.flip else ''}, {len(rows[HELD_OUT]):,} held out, "
-        f"{side}x{side}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}\nfiles: {path} ({stored * per_image / 1e6:,.0f} MB)"
-    )
+    cfg, device = config.encodings, pick_device(config.device)
+    dtype, path = pick_precision(config.precision, device), encodings_path(config)
+    vae, metadata = load_vae(config, device)
+    images = load_images_for(config, metadata)
+    note_if_unfinished(vae_path(config), metadata, "train_vae.py")
+    rows = {split: images.rows(split) for split in (TRAIN, VAL)}
     captions = {split: [images.captions[i] for i in rows[split]] if images.captions is not None else None for split in rows}
     labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
     encoder, texts = None, []
     if config.text.encoder == "clip" and images.captions is not None:
-        encoder = ClipText(config.text.model, device)
-        texts = [text for split in rows for theirs in captions[split] for text in theirs] + [""]  # the null condition
-    if is_current(path, vae_fingerprint, images, captions, labels, encoder, config):
+        encoder = TextEncoder(config.text.model, device)
+        # The last text is the empty caption, the null condition.
+        texts = [text for split in rows for image_captions in captions[split] for text in image_captions] + [""]
+    result = dict(
+        labels=labels[TRAIN],
+        val_labels=labels[VAL],
+        label_names=images.label_names,
+        captions=captions[TRAIN],
+        val_captions=captions[VAL],
+        vae_fingerprint=fingerprint(vae.state_dict()),
+        data_fingerprint=images.fingerprint,
+    )
+    size = metadata["image_size"] // vae.downsampling
+    num_encodings = len(rows[TRAIN]) * (2 if config.data.flip else 1) + len(rows[VAL])
+    num_bytes = num_encodings * size * size * vae.latent_channels * 2
+    mirrored = " and their mirror images" if config.data.flip else ""
+    print("stage 2 of 4: encode the images")
+    print(
+        f"encodings: {len(rows[TRAIN]):,} training images{mirrored}, {len(rows[VAL]):,} validation images, "
+        f"{size}x{size}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}"
+    )
+    print(f"files: {path} ({num_bytes / 1e6:,.0f} MB)")
+    if is_up_to_date(path, result, encoder, config):
         print(f"{path}: up to date")
         return
     if encoder:
-        embedded = len(texts) * TOKENS * encoder.width * 2  # bytes
-        require_space(config.run_dir, 2 * (stored * per_image + embedded))
-        print(f"captions: {len(texts) - 1:,} through {encoder.model}, about {embedded / 1e6:,.0f} MB")
+        caption_bytes = len(texts) * TOKENS_PER_CAPTION * encoder.dim * 2
+        num_bytes += caption_bytes
+        print(f"captions: {len(texts) - 1:,} through {encoder.model}, about {caption_bytes / 1e6:,.0f} MB")
+    require_space(config.run_dir, 2 * num_bytes)  # chunks and the final file exist at the same time
     if dry_run:
         return
 
-    made_of = hashlib.sha256(
-        f"{vae_fingerprint}{images.fingerprint}{s.dtype}{encoder and encoder.fingerprint}{texts}".encode()
-    )
-    scratch = config.run_dir / f"encodings.parts-{made_of.hexdigest()[:16]}"
-    if parallel.leads():
-        for other in config.run_dir.glob("encodings.parts-*"):
-            if other != scratch:  # an interrupted pass of another VAE or other images
-                shutil.rmtree(other)
-    if config.compile is True:  # a pass is over before compiling pays
+    inputs = f"{result['vae_fingerprint']}{images.fingerprint}{cfg.dtype}{encoder and encoder.fingerprint}{texts}"
+    scratch = chunk_folder(config, inputs)
+    if config.compile is True:  # not for "auto": encoding ends before compilation pays off
         compile_networks(True, device, vae.encoder)
-    pixels = Feed([torch.from_numpy(images.pixels)], device)
-    print(f"pixels: {pixels}")
+    loader = BatchLoader([torch.from_numpy(images.pixels)], device)
+    print(f"pixels: {loader}")
 
-    def latents(split: int, flip: bool) -> Callable[[range, Callable], dict]:
-        def make(part: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
-            means = torch.empty(len(part), vae.latent_channels, side, side, dtype=getattr(torch, s.dtype), device=device)
-            batches = torch.from_numpy(rows[split][part.start : part.stop]).split(s.batch_size)
-            for first, batch, then in zip(count(0, s.batch_size), batches, [*batches[1:], None]):
-                x = to_float(pixels.take(batch, then))
-                with torch.no_grad(), autocast(device, dtype):
-                    mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
-                means[first : first + len(x)] = mean.to(means.dtype)
-                advance(len(x))
-            if not torch.isfinite(means).all():
-                raise UserError(
-                    f"{vae_path(config)} gives latents that {s.dtype} cannot hold: use encodings.dtype=bfloat16, or train the VAE with more KL"
-                )
-            return {"mean": means.cpu()}
+    def encode_split(title: str, split: int, flip: bool = False) -> list[Path]:
+        split_rows = torch.from_numpy(rows[split])
+        encode_chunk = latent_encoder(config, vae, loader, split_rows, flip, size)
+        return encode_in_chunks(scratch, title, "img", len(split_rows), encode_chunk)
 
-        return make
-
-    parts = {
-        "mean": in_parts(scratch, "encoding", "img", len(rows[TRAIN]), latents(TRAIN, flip=False)),
-        "held out": in_parts(scratch, "encoding held out", "img", len(rows[HELD_OUT]), latents(HELD_OUT, flip=False)),
-    }
+    chunks = {"mean": encode_split("encoding", TRAIN), "val_mean": encode_split("encoding validation", VAL)}
     if config.data.flip:
-        parts["mirrored"] = in_parts(scratch, "encoding mirrored", "img", len(rows[TRAIN]), latents(TRAIN, flip=True))
+        chunks["mean_flipped"] = encode_split("encoding mirrored", TRAIN, flip=True)
     if encoder:
-        parts["text"] = in_parts(
-            scratch, "embedding captions", "caption", len(texts), embedding(encoder, texts, s.batch_size)
-        )
-    parallel.wait()
-    if not parallel.leads():
+        embed_chunk = caption_encoder(encoder, texts, cfg.batch_size)
+        chunks["text"] = encode_in_chunks(scratch, "embedding captions", "caption", len(texts), embed_chunk)
+    distributed.barrier()
+    if not distributed.is_main():
         return
 
-    def joined(which: str, key: str = "mean") -> Tensor:
-        return torch.cat([load_plain(file, f"remove {scratch}", mmap=True)[key] for file in parts[which]])
-
-    mean = joined("mean")
+    means = {name: join_chunks(chunks[name], "mean") for name in chunks if name != "text"}
     try:
-        normaliser = Normaliser.measure(mean, s.normalise)
+        normalizer = Normalizer.measure(means["mean"], cfg.normalization)
     except ValueError as error:
         raise UserError(f"{vae_path(config)}: {error}") from None
     text = None
     if encoder:
-        text = CaptionEmbeddings(encoder.model, encoder.fingerprint, joined("text", "values"), joined("text", "lengths"))
-        cut = int(joined("text", "cut").sum())
-        if cut:
-            print(f"note: {cut:,} captions are longer than {encoder.longest} tokens and were cut")
-    Encodings(
-        mean,
-        joined("mirrored") if config.data.flip else None,
-        joined("held out"),
-        normaliser,
-        labels[TRAIN],
-        labels[HELD_OUT],
-        images.label_names,
-        captions[TRAIN],
-        captions[HELD_OUT],
-        text,
-        vae_fingerprint,
-        images.fingerprint,
-    ).save(path)
+        values, lengths, truncated = (join_chunks(chunks["text"], key) for key in ("values", "lengths", "truncated"))
+        text = CaptionEmbeddings(encoder.model, encoder.fingerprint, values, lengths)
+        if int(truncated.sum()):
+            print(f"note: {int(truncated.sum()):,} captions are longer than {encoder.max_length} tokens and were truncated")
+    LatentDataset(**{"mean_flipped": None, **means}, normalizer=normalizer, text=text, **result).save(path)
     shutil.rmtree(scratch)
-    print(card(normaliser))
+    print(latent_table(normalizer))
     print(f"done: {path}")
 
 
-def in_parts(folder: Path, title: str, unit: str, n: int, make: Callable[[range, Callable], dict]) -> list[Path]:
-    """What make(part, advance) gives for each PART of 0 … n-1, a file for each part, made by the process it falls to. A part that an
-    interrupted pass has left is not made again."""
-    at_once = min(PART, -(-n // parallel.size()))  # shared by all processes
-    parts = [range(start, min(start + at_once, n)) for start in range(0, n, at_once)]
-    files = [folder / f"{title.replace(' ', '-')}-{part.start:09d}-{part.stop:09d}.pt" for part in parts]
-    mine = list(zip(parts, files))[parallel.rank() :: parallel.size()]
-    total, writing = sum(len(part) for part, _ in mine), None
-    with ThreadPoolExecutor(1) as writer, tqdm(total=total, desc=title, unit=unit) as bar:
-        for part, file in mine:
+def chunk_folder(config: Config, inputs: str) -> Path:
+    """The folder for chunks of these inputs. Removes chunks that an interrupted run with another VAE or dataset has left."""
+    folder = config.run_dir / f"encodings.chunks-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
+    if distributed.is_main():
+        for other in config.run_dir.glob("encodings.chunks-*"):
+            if other != folder:
+                shutil.rmtree(other)
+    return folder
+
+
+def encode_in_chunks(folder: Path, title: str, unit: str, n: int, encode_chunk: EncodeChunk) -> list[Path]:
+    """Encode items 0 … n-1 into one file per chunk, shared among all processes. Existing chunks are kept.
+
+    Returns the files of all chunks in order. A chunk is written while the device encodes the next one.
+    """
+    chunk_size = min(CHUNK, -(-n // distributed.world_size()))
+    chunks = [range(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
+    files = [folder / f"{title.replace(' ', '-')}-{chunk.start:09d}-{chunk.stop:09d}.pt" for chunk in chunks]
+    own = list(zip(chunks, files))[distributed.rank() :: distributed.world_size()]
+    pending = None
+    with ThreadPoolExecutor(1) as writer, tqdm(total=sum(len(chunk) for chunk, _ in own), desc=title, unit=unit) as bar:
+        for chunk, file in own:
             if file.exists():
-                bar.update(len(part))
+                bar.update(len(chunk))
                 continue
-            content = make(part, bar.update)
-            if writing:
-                writing.result()  # raises what went wrong
-            writing = writer.submit(save_plain, file, content)  # while the device makes the next
-        if writing:
-            writing.result()
+            content = encode_chunk(chunk, bar.update)
+            if pending:
+                pending.result()  # raises errors of the writer thread
+            pending = writer.submit(save_tensors, file, content)
+        if pending:
+            pending.result()
     return files
 
 
-def embedding(encoder: ClipText, captions: list[str], batch_size: int) -> Callable[[range, Callable], dict]:
-    """For in_parts: the token embeddings of a part of the captions."""
+def join_chunks(files: list[Path], key: str) -> Tensor:
+    return torch.cat([load_tensors(file, f"remove {file.parent}", mmap=True)[key] for file in files])
 
-    def make(part: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
-        embeddings, cut_before = {}, encoder.cut
-        order = sorted(part, key=lambda i: len(captions[i]))  # so that little of a batch is padding
+
+def latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool, size: int) -> EncodeChunk:
+    """Posterior means of the images at `rows`, optionally of the mirrored images."""
+    cfg, device, dtype = config.encodings, loader.device, pick_precision(config.precision, loader.device)
+    storage = getattr(torch, cfg.dtype)
+
+    def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
+        means = torch.empty(len(chunk), vae.latent_channels, size, size, dtype=storage, device=device)
+        batches = rows[chunk.start : chunk.stop].split(cfg.batch_size)
+        for start, batch, next_batch in zip(count(0, cfg.batch_size), batches, [*batches[1:], None]):
+            x = to_float(loader.batch(batch, next_batch))
+            with torch.no_grad(), autocast(device, dtype):
+                mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
+            means[start : start + len(x)] = mean.to(storage)
+            advance(len(x))
+        if not torch.isfinite(means).all():
+            raise UserError(
+                f"{vae_path(config)} produces latents outside the range of {cfg.dtype}: use encodings.dtype=bfloat16, "
+                f"or train the VAE with a larger vae.kl_weight"
+            )
+        return {"mean": means.cpu()}
+
+    return encode_chunk
+
+
+def caption_encoder(encoder: TextEncoder, captions: list[str], batch_size: int) -> EncodeChunk:
+    """Token embeddings of the captions."""
+
+    def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
+        embeddings, truncated_before = {}, encoder.num_truncated
+        order = sorted(chunk, key=lambda i: len(captions[i]))  # similar lengths need little padding
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             embeddings |= zip(batch, (e.half() for e in encoder.encode([captions[i] for i in batch])))
             advance(len(batch))
-        ragged = CaptionEmbeddings.of(encoder, [embeddings[i] for i in part])
-        return {"values": ragged.values, "lengths": ragged.lengths, "cut": torch.tensor([encoder.cut - cut_before])}
+        joined = CaptionEmbeddings.from_encoder(encoder, [embeddings[i] for i in chunk])
+        truncated = torch.tensor([encoder.num_truncated - truncated_before])
+        return {"values": joined.values, "lengths": joined.lengths, "truncated": truncated}
 
-    return make
+    return encode_chunk
 
 
-def is_current(
-    path: Path,
-    vae_fingerprint: str,
-    images: Images,
-    captions: dict,
-    labels: dict,
-    encoder: ClipText | None,
-    config: Config,
-) -> bool:
-    """Does the file hold what this run would write? A damaged one does not."""
+def is_up_to_date(path: Path, result: dict, encoder: TextEncoder | None, config: Config) -> bool:
+    """Whether the file already holds what this run would write; False for a damaged one."""
     try:
-        there = Encodings.load(path)
+        stored = LatentDataset.load(path)
     except UserError:
         return False
+
+    def same(name: str) -> bool:
+        old, new = getattr(stored, name), result[name]
+        return torch.equal(old, new) if isinstance(old, Tensor) and isinstance(new, Tensor) else old is new or old == new
+
     return (
-        (there.vae_fingerprint, there.data_fingerprint) == (vae_fingerprint, images.fingerprint)
-        and (there.captions, there.held_out_captions) == (captions[TRAIN], captions[HELD_OUT])
-        and there.label_names == images.label_names
-        and (there.labels is None or torch.equal(there.labels, labels[TRAIN]))
-        and (there.held_out_labels is None or torch.equal(there.held_out_labels, labels[HELD_OUT]))
-        and (encoder is None or (there.text is not None and there.text.fingerprint == encoder.fingerprint))
-        and not there.differences(config)
+        all(same(name) for name in result)
+        and (encoder is None or (stored.text is not None and stored.text.fingerprint == encoder.fingerprint))
+        and not stored.differences(config)
     )
 
 
-def card(n: Normaliser) -> str:
-    """A line per channel of the scaled latents."""
+def latent_table(normalizer: Normalizer) -> str:
+    """Statistics of the scaled latents, one line per channel."""
+    n = normalizer
     lines = [
         f"scaled latents: overall std {n.overall_std():.3f}",
         "channel   shift    scale     mean     std  kurtosis   range",
     ]
     for c in range(len(n.std)):
-        lines.append(
-            f"{c:7d} {n.shift[c]:7.3f} {n.scale[c]:8.3f} {n.mean[c]:8.3f} {n.std[c]:7.3f} {n.kurtosis[c]:9.2f}   {n.low[c]:.2f} … {n.high[c]:.2f}"
-        )
+        moments = f"{n.mean[c]:8.3f} {n.std[c]:7.3f} {n.kurtosis[c]:9.2f}"
+        lines.append(f"{c:7d} {n.shift[c]:7.3f} {n.scale[c]:8.3f} {moments}   {n.low[c]:.2f} … {n.high[c]:.2f}")
     return "\n".join(lines)
 
 

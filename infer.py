@@ -1,13 +1,13 @@
-"""Stage 4: noise -> latents -> pixels.
+"""Stage 4 of 4: noise -> latents -> images.
 
-Samples images with the settings of config.sampling, writes a grid to results/ with the settings inside the PNG, and
-prints a calibration line: how the spread of the generated latents compares with the training latents'.
+Sample images with the settings of config.sampling and write them as a grid to results/, with all settings inside the PNG.
+Prints how the std of the generated latents compares with that of the training latents.
 """
 
-from lab import cli
+from utils import cli
 
 if __name__ == "__main__":
-    cli.answer_early(__doc__)
+    cli.handle_help(__doc__)
 
 import json
 import time
@@ -17,116 +17,139 @@ import numpy as np
 import torch
 from PIL import Image
 
-from calibration import advice
-from conditions import requested
-from config import Config, Sampling
-from data import to_uint8
-from drawing import Drawn, Wanted, draw
-from lab import parallel
-from lab.artifacts import require_space, set_aside
-from lab.errors import UserError
-from lab.pictures import grid, save_gif, save_png
-from latent_diffusion import LatentDiffusion
-from starts import Given
-from training import hardware, parameters_of, pick_device, pick_precision
+from config import Config, SamplingConfig
+from pipeline.generate import OutputSpec, Samples
+from pipeline.init_latents import InitImage
+from pipeline.latent_diffusion import LatentDiffusion
+from pipeline.latent_stats import std_warnings
+from pipeline.prompts import Prompts, read_prompts
+from utils import distributed
+from utils.device import hardware_name, num_params, pick_device, pick_precision
+from utils.errors import UserError
+from utils.files import keep_old_version, require_space
+from utils.images import image_grid, save_gif, save_png, to_uint8
 
-STRIP_IMAGES = 8
+TRAJECTORY_IMAGES = 8  # images in the trajectory strip if there are no prompts or labels
 
 
 def infer(config: Config, dry_run: bool) -> None:
-    s, device = config.sampling, pick_device(config.device)
-    dtype = pick_precision(s.precision, device)
-    model = LatentDiffusion(config, device, dtype)
-    header = model.header
-    given = Given.load(s, model) if s.image else None
-    requests = requested(config, model.unet.conditioner, device)
-    rows = len(requests) if requests.titles else s.rows  # a row of pictures for each request
-    count = s.images or rows * s.cols
-    if count > rows * s.cols and not s.single_files:
+    cfg, device = config.sampling, pick_device(config.device)
+    dtype = pick_precision(cfg.precision, device)
+    model = LatentDiffusion.load(config, device, dtype)
+    init = InitImage.load(cfg, model.image_size, model.vae.downsampling)
+    prompts = read_prompts(config, model.unet.conditioner, device)
+    rows = len(prompts.titles) or cfg.rows
+    num_images, results = cfg.num_images or rows * cfg.cols, Path(config.results_dir)
+    if num_images > rows * cfg.cols and not cfg.save_images:
         raise UserError(
-            f"sampling.images: {count} are more than the grid of {rows}x{s.cols} shows: use sampling.single_files=true, or a larger grid"
+            f"sampling.num_images must be at most {rows * cfg.cols} to fit in the {rows}x{cfg.cols} grid (got {num_images}); "
+            f"use sampling.save_images=true, or a larger grid"
         )
-    name = f"{config.name}_{config.diffusion_name}_{s.sampler}_{rows}x{s.cols}{suffix(s)}"
-    results = Path(config.results_dir)
-    require_space(results, (rows * s.cols + (count if s.single_files else 0)) * 3 * model.image_size**2)
-    strength = (s.strength or (1.0 if s.mask else 0.6)) if given else 1.0
-    walked = len(model.steps_of(s, strength))
-
-    print(
-        f"U-Net: {parameters_of(model.unet) / 1e6:.2f}M parameters, step {header['step']:,}; {header['schedule']} schedule, {s.sampler}, "
-        f"{walked} steps by {model.spacing(s)}, x0_clamp {s.x0_clamp}, on {device} in {str(dtype)[6:]}\n"
-        f"images: {count:,}\nfiles: {results / name}.png"
-        + (f", {name}_strip.png and .gif" if s.strip else "")
-        + (f", {name}/000000.png …" if s.single_files else "")
-    )
-    for line in requests.warnings:
+    name = f"{config.name}_{config.diffusion_name}_{cfg.sampler}_{rows}x{cfg.cols}{name_suffix(cfg)}"
+    require_space(results, (rows * cfg.cols + (num_images if cfg.save_images else 0)) * 3 * model.image_size**2)
+    steps = len(model.timesteps(cfg, init.strength if init else 1.0))
+    print_plan(cfg, model, results / name, f"{steps} steps", num_images)
+    for line in prompts.warnings:
         print(line)
     if dry_run:
         return
 
-    if parallel.leads() and of_other_settings(results / f"{name}.png", config, model.spacing(s)):
-        set_aside(results, name, (".png", "_strip.png", "_strip.gif", ""))
-    parallel.wait()
+    path = results / f"{name}.png"
+    if distributed.is_main() and has_other_settings(path, config, model.spacing(cfg)):
+        keep_old_version(results, name, (".png", "_strip.png", "_strip.gif", ""))
+    distributed.barrier()
     started = time.monotonic()
-    strip = ([row * s.cols for row in range(rows)] if requests.titles else list(range(STRIP_IMAGES))) if s.strip else []
-    wanted = Wanted(count, rows * s.cols, [i for i in strip if i < count], results / name if s.single_files else None)
-    drawn = Drawn.joined(parallel.gather(draw(model, s, requests, given, strength, wanted)))
-    if drawn is None:
+    trajectory = [row * cfg.cols for row in range(rows)] if prompts.titles else list(range(TRAJECTORY_IMAGES))
+    spec = OutputSpec(
+        num_images,
+        num_pixels=rows * cfg.cols,
+        trajectory=[i for i in trajectory if i < num_images] if cfg.trajectory_frames else [],
+        save_dir=results / name if cfg.save_images else None,
+        distributed=True,
+    )
+    parts = distributed.gather_objects(model.generate(cfg, spec, prompts.cond, init))
+    if parts is None:  # not rank 0
         return
-    seconds = time.monotonic() - started
-    if s.strip:
-        pictures = [to_uint8(model.decode(torch.stack(drawn.frames[i]).to(device))) for i in wanted.strip]
-        save_png(grid(np.concatenate(pictures), len(pictures[0]), titles=requests.titles), results / f"{name}_strip.png")
-        cols = 1 if requests.titles else len(pictures)
-        moving = [grid(np.stack(frame), cols, titles=requests.titles) for frame in zip(*pictures)]
-        save_gif(moving, results / f"{name}_strip.gif")
+    samples, seconds = Samples.merge(parts), time.monotonic() - started
+    if spec.trajectory:
+        save_trajectory(model, samples, prompts, results / name)
+    stats = samples.stats(model.normalizer)
+    grid = image_grid(samples.pixel_array(), cfg.cols, titles=prompts.titles)
+    save_png(grid, path, png_metadata(config, model, prompts, stats, seconds))
+    print(
+        f"latents: the std of generated latents is {stats['std_ratio']:.3f} times that of training latents "
+        f"(1 is ideal, 0.9 to 1.1 is good); worst channel {stats['worst_channel']}: {stats['worst_channel_ratio']:.3f}"
+    )
+    print(f"clamped: {stats['clamped']:.2%} of clean estimates; {stats['out_of_range']:.2%} of pixel values out of range")
+    # Guided samples, and variations of one image, need not have the std of the whole training set.
+    for line in std_warnings(stats, cfg) if init is None and cfg.guidance == 1 else []:
+        print(line)
+    print(f"done: {num_images:,} images in {seconds:.1f} s, grid in {path}")
 
-    figures = drawn.calibration(model.normaliser, count * 3 * model.image_size**2)
-    settings = {
+
+def print_plan(cfg: SamplingConfig, model: LatentDiffusion, path: Path, steps: str, num_images: int) -> None:
+    metadata = model.checkpoint.metadata
+    print("stage 4 of 4: sample images")
+    print(
+        f"U-Net: {num_params(model.unet) / 1e6:.2f}M parameters, step {metadata['step']:,}, on {model.device} "
+        f"in {str(model.dtype)[6:]}"
+    )
+    print(
+        f"sampler: {cfg.sampler}, {steps}, spacing {model.spacing(cfg)}, {model.schedule.name} schedule, x0_clamp {cfg.x0_clamp}"
+    )
+    print(f"images: {num_images:,}")
+    strip = f", {path.name}_strip.png, {path.name}_strip.gif" if cfg.trajectory_frames else ""
+    print(f"files: {path}.png{strip}" + (f", {path.name}/000000.png …" if cfg.save_images else ""))
+
+
+def save_trajectory(model: LatentDiffusion, samples: Samples, prompts: Prompts, path: Path) -> None:
+    """Decode the clean estimates during sampling: a strip (one row per image) and an animation."""
+    rows = [to_uint8(model.decode(torch.stack(samples.trajectory[i]).to(model.device))) for i in sorted(samples.trajectory)]
+    strip = image_grid(np.concatenate(rows), len(rows[0]), titles=prompts.titles)
+    save_png(strip, path.with_name(f"{path.name}_strip.png"))
+    cols = 1 if prompts.titles else len(rows)
+    frames = [image_grid(np.stack(frame), cols, titles=prompts.titles) for frame in zip(*rows)]
+    save_gif(frames, path.with_name(f"{path.name}_strip.gif"))
+
+
+def png_metadata(config: Config, model: LatentDiffusion, prompts: Prompts, stats: dict, seconds: float) -> dict:
+    metadata = {key: value for key, value in model.checkpoint.metadata.items() if key != "settings"}
+    return {
         "Software": "nanoLDM",
         "command": cli.command,
         "commit": cli.commit(),
-        "hardware": hardware(device),
+        "hardware": hardware_name(model.device),
         "config": config.model_dump(),
-        "spacing": model.spacing(s),
-        "asked": requests.titles,
-        "model": {k: v for k, v in header.items() if k != "settings"},
-        "calibration": figures,
+        "spacing": model.spacing(config.sampling),
+        "prompts": prompts.titles,
+        "model": metadata,
+        "latent_stats": stats,
         "seconds": round(seconds, 1),
     }
-    path = results / f"{name}.png"
-    save_png(grid(np.stack([drawn.pixels[i] for i in sorted(drawn.pixels)]), s.cols, titles=requests.titles), path, settings)
-    print(
-        f"calibration: generated/training std {figures['std_ratio']:.3f} overall, {figures['worst_channel_ratio']:.3f} in the worst channel "
-        f"({figures['worst_channel']}); {figures['clamped']:.2%} of clean estimates clamped; {figures['out_of_range']:.2%} of pixels out of range"
-    )
-    # Variations of one picture, and guided ones, need not spread like all of them.
-    for line in [] if given or s.guidance != 1 else advice(figures, s):
-        print(line)
-    print(f"done: {path}, {count:,} images in {seconds:.1f} s")
 
 
-def suffix(s: Sampling) -> str:
-    """What sets this grid apart in its file name from the plain one of the same model."""
-    start = f"_slerp{s.seed}to{s.slerp_to}" if s.slerp_to is not None else ""
-    if s.image:
-        start = f"_{'inpaint' if s.mask else 'from'}_{Path(s.image).stem}"
-    clamp = s.x0_clamp if isinstance(s.x0_clamp, str) else f"{s.x0_clamp:g}"
-    return start + (f"_w{s.guidance:g}" if s.guidance != 1 else "") + (f"_clamp{clamp}" if clamp != "range" else "")
+def name_suffix(cfg: SamplingConfig) -> str:
+    """The part of the file name that tells this grid from a plain one of the same model."""
+    start = f"_slerp{cfg.seed}to{cfg.slerp_to}" if cfg.slerp_to is not None else ""
+    if cfg.image:
+        start = f"_{'inpaint' if cfg.mask else 'from'}_{Path(cfg.image).stem}"
+    clamp = cfg.x0_clamp if isinstance(cfg.x0_clamp, str) else f"{cfg.x0_clamp:g}"
+    guidance = f"_w{cfg.guidance:g}" if cfg.guidance != 1 else ""
+    return start + guidance + (f"_clamp{clamp}" if clamp != "range" else "")
 
 
-def of_other_settings(path: Path, config: Config, spacing: str) -> bool:
-    """Is there a grid of this name that was drawn with other settings of sampling, a seed or a caption, say? Or are there single
-    files without one?"""
-    now, alike = json.loads(config.sampling.model_dump_json()), {"batch_size": 0, "single_files": 0}
+def has_other_settings(path: Path, config: Config, spacing: str) -> bool:
+    """Whether files of this name exist that were sampled with other settings, for example another seed."""
+    ignored_keys = {"batch_size": 0, "save_images": 0}
+    settings = json.loads(config.sampling.model_dump_json()) | ignored_keys
     try:
         with Image.open(path) as image:
-            there = json.loads(image.text["config"])["sampling"]
-            return there | alike != now | alike or image.text.get("spacing") != spacing
+            old_settings = json.loads(image.text["config"])["sampling"] | ignored_keys
+            return old_settings != settings or image.text.get("spacing") != spacing
     except FileNotFoundError:
-        return path.with_suffix("").exists()
+        return path.with_suffix("").exists()  # single images without a grid
     except (OSError, AttributeError, KeyError, ValueError):
-        return True  # not a grid of ours
+        return True  # not written by this script
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,259 +1,238 @@
-"""Stage 3: encodings -> noise-prediction U-Net.
+"""Stage 3 of 4: latents -> U-Net.
 
-Trains a U-Net on the scaled latents and writes runs/<name>/<diffusion.name>/unet.safetensors (EMA weights and the
-normaliser). Two schedules of one experiment live side by side. The same command resumes.
+Train a diffusion U-Net on the scaled latents of encodings.pt. Writes runs/<name>/<diffusion.name>/unet.safetensors (EMA
+weights and the normalizer). Several U-Nets, for example with other schedules, can share one VAE and its encodings. Run the
+same command again to resume.
 """
 
-from lab import cli
+from utils import cli
 
 if __name__ == "__main__":
-    cli.answer_early(__doc__)
+    cli.handle_help(__doc__)
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-import conditions
-from calibration import Moments
-from config import Config, Diffusion
-from data import Shuffle, spread, to_uint8
-from lab.artifacts import require_space
-from lab.errors import UserError
-from lab.experiment import experiment_of, require_same_run
-from lab.feed import Feed
-from lab.pictures import grid
-from lab.run import Run
-from latent_diffusion import encodings_by, load_vae
-from models.conditioning import Raw
-from models.latents import Normaliser
+from config import Config, DiffusionConfig, SamplingConfig
+from dataset import TRAIN, evenly_spaced
+from dataset.conditions import Conditions, conditioning_settings, conditions_for_split, describe, val_conditions
+from dataset.encodings import LatentDataset
+from dataset.loader import BatchLoader, Shuffle
+from models.conditioning import Cond
 from models.schedules import Schedule, make_schedule, min_snr_weight, target
 from models.unet import UNet
-from models.vae import VAE
-from sampling import Threshold, image_generators, make_denoiser, randn, sample, spacing_for
-from training import (
-    STATE_BYTES,
-    TRAINING_BYTES,
+from pipeline.generate import OutputSpec
+from pipeline.latent_diffusion import LatentDiffusion
+from pipeline.stage_files import encodings_path, load_encodings, load_vae
+from training.resume import require_same_run, run_identity
+from training.trainer import Trainer
+from utils.device import (
+    STATE_BYTES_PER_PARAM,
+    TRAIN_BYTES_PER_PARAM,
     autocast,
     compile_networks,
-    parameters_of,
+    num_params,
     pick_device,
     pick_precision,
     require_memory,
 )
+from utils.errors import UserError
+from utils.files import require_space
+from utils.images import image_grid
 
-EVAL_LATENTS = 256  # held-out latents measured while training, each once per bin
+EVAL_LATENTS = 256  # validation latents per evaluation, each used once per timestep bin
+PREVIEW_STEPS = 20
 
 
 def train(config: Config, dry_run: bool) -> None:
-    s, device = config.diffusion, pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
-    folder = config.run_dir / config.diffusion_name
+    cfg, device = config.diffusion, pick_device(config.device)
+    dtype, folder = pick_precision(config.precision, device), config.run_dir / config.diffusion_name
     vae, _ = load_vae(config, device)
-    encodings = encodings_by(vae, config)
-    if encodings.differences(config):
-        raise UserError(
-            f"{config.run_dir}/encodings.pt: {'; '.join(encodings.differences(config))}: run create_encodings.py, or set it back"
-        )
+    encodings = load_encodings(vae, config)
+    if changes := encodings.differences(config):
+        raise UserError(f"{encodings_path(config)}: {'; '.join(changes)}: run create_encodings.py, or restore the settings")
     n, channels, size, _ = encodings.mean.shape
-    schedule = make_schedule(s.schedule, s.timesteps)
-    conditioning = conditions.settings_for(config, encodings)
+    schedule = make_schedule(cfg.schedule, cfg.timesteps)
+    conditioning = conditioning_settings(config, encodings)
     torch.manual_seed(config.seed)
-    try:
-        unet = UNet(
-            channels, size, s.widths, s.blocks, s.attention, s.head_channels, s.dropout,
-            conditioning, s.cross_attention, s.bottleneck, s.bottleneck_blocks,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"diffusion: {error}") from None
-    unet = unet.to(device, memory_format=torch.channels_last)
-    require_space(folder, STATE_BYTES * parameters_of(unet))
-    require_memory(device, TRAINING_BYTES * parameters_of(unet))
-    require_same_run(folder, experiment_of(config, "diffusion"), s)
-
-    print(
-        f"U-Net: {parameters_of(unet) / 1e6:.2f}M parameters on {size}x{size}x{channels} latents, on {device} in {str(dtype)[6:]}\n"
-        f"latents: {n:,} for training{' and their mirrors' if encodings.mean_flipped is not None else ''}, {len(encodings.held_out):,} held out\n"
-        f"{s.schedule} schedule, T = {s.timesteps}, predicts {s.prediction}, weighting {s.weighting}"
-        + (f", {conditions.as_text(unet.conditioner)}" if conditioning else "")
-        + "\n"
-        f"steps: {s.steps:,} of {s.batch_size} latents"
-        + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "")
-        + "\n"
-        f"files: {folder}/unet.safetensors, state.pt, metrics.jsonl, curves.png, samples/"
-    )
-    levels = [size >> level for level in range(len(s.widths))]
-    if s.attention and not set(s.attention) & set(levels):
-        print(
-            f"note: diffusion.attention {s.attention} names none of the latent's widths, {', '.join(map(str, levels))}: there is none but in the middle"
-        )
+    unet = build_unet(cfg, channels, size, conditioning).to(device, memory_format=torch.channels_last)
+    require_space(folder, STATE_BYTES_PER_PARAM * num_params(unet))
+    require_memory(device, TRAIN_BYTES_PER_PARAM * num_params(unet))
+    require_same_run(folder, run_identity(config, "diffusion"), cfg)
+    print_plan(config, unet, encodings, f"on {device} in {str(dtype)[6:]}")
     if dry_run:
         return
 
-    normaliser = encodings.normaliser.to(device)
-    # Mirrored encodings behind the others: image i is row i or row n + i, and an epoch holds both.
-    latents = Feed([encodings.mean] + ([encodings.mean_flipped] if encodings.mean_flipped is not None else []), device)
-    order = Shuffle(sum(map(len, latents.parts)), config.seed)
-    print(f"latents: {latents}")
-    alphas, sigmas = schedule.tables(device)
-    shown = spread(torch.arange(len(encodings.held_out)), EVAL_LATENTS)
-    held_out = normaliser.normalise(encodings.held_out[shown].to(device))
-    of_train, held_out_raw, fingerprints = None, None, {"encodings_fingerprint": encodings.fingerprint}
+    normalizer = encodings.normalizer.to(device)
+    # Encodings of mirrored images follow the others: image i is row i and row n + i. An epoch contains both.
+    loader = BatchLoader([x for x in (encodings.mean, encodings.mean_flipped) if x is not None], device)
+    shuffle = Shuffle(sum(map(len, loader.parts)), config.seed)
+    print(f"latents: {loader}")
+    train_cond = None
     if conditioning:
         if conditioning["kind"] == "text":
-            print(f"captions: {encodings.text.feed(device)}")
+            print(f"captions: {encodings.text.loader(device)}")
             unet.conditioner.null_tokens.copy_(encodings.text.null())
-        of_train, of_held_out = (
-            conditions.of_split(unet.conditioner, encodings, held_out, device) for held_out in (False, True)
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same captions every time
-            held_out_raw = of_held_out.take(shown)
-        fingerprints |= {"conditions": of_train.fingerprint, "conditioning": conditioning}
-    experiment = experiment_of(config, "diffusion", **fingerprints)
-
-    header = dict(
-        kind="unet", settings=unet.settings, schedule=s.schedule, timesteps=s.timesteps, prediction=s.prediction,
-        ema=s.ema, cfg_dropout=s.cfg_dropout,
-        vae_fingerprint=encodings.vae_fingerprint, encodings_fingerprint=encodings.fingerprint,
-    )  # fmt: skip
-    extra = encodings.normaliser.state_dict("normaliser.")
-
-    unet.checkpointing = s.checkpointing
+        train_cond = conditions_for_split(unet.conditioner, encodings, TRAIN, device)
+    val_rows = evenly_spaced(torch.arange(len(encodings.val_mean)), EVAL_LATENTS)
+    val_z = normalizer.normalize(encodings.val_mean[val_rows].to(device))
+    val_cond = val_conditions(unet.conditioner, encodings, len(val_rows), device)
+    unet.grad_checkpointing = cfg.grad_checkpointing
     compile_networks(config.compile, device, unet)
-    with Run(folder, unet, s, experiment, config.seed, config.logging, "unet.safetensors", header, extra) as run:
-        if run.over:
-            print(f"{folder}: already trained, {run.step:,} steps in {run.minutes:.1f} minutes")
-            return
-        while True:
-            if run.due(s.log_every):
-                run.report()
-            if run.due(s.eval_every) and run.leads:
-                losses = held_out_losses(run.ema.net, held_out, held_out_raw, schedule, s, run.micro_batch, dtype)
-                run.log(
-                    {
-                        "held_out/loss": sum(losses) / len(losses),
-                        **{f"held_out/loss_bin{b}": loss for b, loss in enumerate(losses)},
-                    }
-                )
-                run.say(
-                    f"held-out loss {sum(losses) / len(losses):.4f}, by timestep bin "
-                    + " ".join(f"{loss:.3f}" for loss in losses)
-                )
-                picture, figures = sample_picture(
-                    run.ema.net, held_out_raw, vae, normaliser, schedule, s, run.micro_batch, dtype
-                )
-                run.log({f"samples/{name}": value for name, value in figures.items()})
-                run.picture("samples", picture, f"samples/step_{run.step:07d}.png")
-            if s.snapshot_every and run.due(s.snapshot_every) and run.leads:
-                run.snapshot()
-            if run.save_due():
-                run.save()
-            if run.over:
-                break
 
-            run.seed_step()
-            rows, then = (order.take(start, s.batch_size) for start in (run.images_seen, run.images_seen + s.batch_size))
-            # Drawn for the whole batch, so that several processes do what one does; each keeps its share.
-            raw = unet.conditioner.drop(of_train.take(rows % n), s.cfg_dropout) if of_train else None
-            raw = None if raw is None else tuple(r[run.share] for r in raw)
-            t = draw_timesteps(s, s.batch_size, device)[run.share]
-            eps = torch.randn(s.batch_size, channels, size, size, device=device)[run.share]
-            batch = latents.take(rows[run.share], then[run.share])  # (B, C, h, w) as stored
+    with make_trainer(config, unet, encodings, train_cond, conditioning) as trainer:
+        preview = LatentDiffusion(vae, trainer.ema.net, normalizer, schedule, cfg.prediction, dtype=dtype)
+        for _ in trainer:
+            # All processes generate the random numbers of the whole batch; each keeps its shard.
+            shard = trainer.shard
+            rows, next_rows = (
+                shuffle.indices(start, cfg.batch_size)
+                for start in (trainer.images_seen, trainer.images_seen + cfg.batch_size)
+            )
+            cond = unet.conditioner.drop(train_cond.gather(rows % n), cfg.cfg_dropout) if train_cond else ()
+            cond = tuple(c[shard] for c in cond)
+            t = sample_timesteps(cfg, cfg.batch_size, device)[shard]
+            eps = torch.randn(cfg.batch_size, channels, size, size, device=device)[shard]
+            latents = loader.batch(rows[shard], next_rows[shard])  # (B, C, h, w), unscaled
 
-            def backward(part: slice) -> None:
-                z, their_t = normaliser.normalise(batch[part]), t[part]  # z (B, C, h, w), unit variance
-                their_raw = None if raw is None else tuple(r[part] for r in raw)
+            def forward_backward(micro_batch: slice) -> None:
+                z, t_part = normalizer.normalize(latents[micro_batch]), t[micro_batch]
+                cond_part = tuple(c[micro_batch] for c in cond)
                 with autocast(device, dtype):
-                    loss = diffusion_loss(unet, z, eps[part], their_t, alphas, sigmas, s.prediction, their_raw)  # (B,)
+                    loss = diffusion_loss(unet, z, eps[micro_batch], t_part, schedule, cfg.prediction, cond_part)  # (B,)
                 weight = 1.0
-                if s.weighting == "min_snr":
-                    weight = min_snr_weight(s.prediction, alphas[their_t], sigmas[their_t], s.min_snr_gamma)
-                run.accumulate(weight * loss, loss, their_t, unweighted_loss=loss)
+                if cfg.weighting == "min_snr":
+                    alpha, sigma = (c.flatten() for c in schedule.coefficients(t_part))
+                    weight = min_snr_weight(cfg.prediction, alpha, sigma, cfg.min_snr_gamma)
+                trainer.backward(weight * loss, loss, t_part, unweighted_loss=loss)
 
-            run.take_step(backward)
-    run.stop_if_told()
-    print(f"done: {folder}/unet.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
+            trainer.step(forward_backward)
+            if trainer.is_main and trainer.due(cfg.eval_every):
+                losses = val_losses(trainer, val_z, val_cond, schedule, dtype)
+                trainer.log({"val/loss": sum(losses) / len(losses)} | {f"val/loss_bin{b}": x for b, x in enumerate(losses)})
+                bins = " ".join(f"{loss:.3f}" for loss in losses)
+                trainer.print(f"validation loss {sum(losses) / len(losses):.4f}, by timestep bin: {bins}")
+                grid, stats = sample_preview(preview, cfg, trainer.micro_batch, val_cond)
+                trainer.log({f"samples/{name}": stats[name] for name in ("std_ratio", "clamped")})
+                trainer.log_image("samples", grid, f"samples/step_{trainer.steps_done:07d}.png")
+            if trainer.is_main and cfg.snapshot_every and trainer.due(cfg.snapshot_every):
+                trainer.save_snapshot()
 
 
-def draw_timesteps(s: Diffusion, n: int, device: torch.device) -> Tensor:
-    """Timesteps to train on, (n,) int64 in 0 … T-1."""
-    if s.timestep_sampling == "logit_normal":
-        return (torch.randn(n, device=device).sigmoid() * s.timesteps).long().clamp(max=s.timesteps - 1)
-    return torch.randint(0, s.timesteps, (n,), device=device)
+def build_unet(cfg: DiffusionConfig, in_channels: int, size: int, conditioning: dict | None) -> UNet:
+    try:
+        return UNet(
+            in_channels=in_channels,
+            size=size,
+            channels=cfg.channels,
+            num_res_blocks=cfg.num_res_blocks,
+            attn_resolutions=cfg.attn_resolutions,
+            head_channels=cfg.head_channels,
+            dropout=cfg.dropout,
+            conditioning=conditioning,
+            cross_attn_resolutions=cfg.cross_attn_resolutions,
+            bottleneck=cfg.bottleneck,
+            bottleneck_blocks=cfg.bottleneck_blocks,
+        )
+    except ValueError as error:
+        raise UserError(f"diffusion: {error}") from None
+
+
+def print_plan(config: Config, unet: UNet, encodings: LatentDataset, hardware: str) -> None:
+    cfg = config.diffusion
+    n, channels, size, _ = encodings.mean.shape
+    mirrored = " and their mirror images" if encodings.mean_flipped is not None else ""
+    condition = f", {describe(unet.conditioner)}" if unet.conditioner else ""
+    limit = f", at most {cfg.max_minutes:g} minutes" if cfg.max_minutes else ""
+    print("stage 3 of 4: train the U-Net")
+    print(f"U-Net: {num_params(unet) / 1e6:.2f}M parameters, {size}x{size}x{channels} latents, {hardware}")
+    print(f"latents: {n:,} for training{mirrored}, {len(encodings.val_mean):,} for validation")
+    print(
+        f"{cfg.schedule} schedule with T = {cfg.timesteps}, predicts {cfg.prediction}, loss weighting {cfg.weighting}{condition}"
+    )
+    print(f"steps: {cfg.steps:,} with {cfg.batch_size} latents each{limit}")
+    folder = config.run_dir / config.diffusion_name
+    print(f"files: {folder}/unet.safetensors, state.pt, metrics.jsonl, curves.png, samples/")
+    sizes = [size >> level for level in range(len(cfg.channels))]
+    if cfg.attn_resolutions and not set(cfg.attn_resolutions) & set(sizes):
+        print(
+            f"note: diffusion.attn_resolutions {cfg.attn_resolutions} matches none of the U-Net's resolutions, "
+            f"{', '.join(map(str, sizes))}: only the bottleneck has self-attention"
+        )
+
+
+def make_trainer(
+    config: Config, unet: UNet, encodings: LatentDataset, train_cond: Conditions | None, conditioning: dict | None
+) -> Trainer:
+    cfg = config.diffusion
+    fingerprints = {"encodings_fingerprint": encodings.fingerprint}
+    if train_cond:
+        fingerprints |= {"conditions": train_cond.fingerprint, "conditioning": conditioning}
+    metadata = dict(
+        kind="unet",
+        settings=unet.settings,
+        schedule=cfg.schedule,
+        timesteps=cfg.timesteps,
+        prediction=cfg.prediction,
+        ema_decay=cfg.ema_decay,
+        cfg_dropout=cfg.cfg_dropout,
+        vae_fingerprint=encodings.vae_fingerprint,
+        encodings_fingerprint=encodings.fingerprint,
+    )
+    return Trainer(
+        config.run_dir / config.diffusion_name,
+        unet,
+        cfg,
+        identity=run_identity(config, "diffusion", **fingerprints),
+        seed=config.seed,
+        logging=config.logging,
+        weights_name="unet.safetensors",
+        metadata=metadata,
+        extra=encodings.normalizer.state_dict("normalizer."),
+    )
+
+
+def sample_timesteps(cfg: DiffusionConfig, n: int, device: torch.device) -> Tensor:
+    """Random training timesteps (n,) int64 in 0 … T-1."""
+    if cfg.timestep_sampling == "logit_normal":
+        return (torch.randn(n, device=device).sigmoid() * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+    return torch.randint(0, cfg.timesteps, (n,), device=device)
 
 
 def diffusion_loss(
-    unet: UNet, z: Tensor, eps: Tensor, t: Tensor, alphas: Tensor, sigmas: Tensor, prediction: str, raw: Raw | None = None
+    unet: UNet, z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule, prediction: str, cond: Cond = ()
 ) -> Tensor:
-    """Squared error of the prediction, per latent: (B,), unweighted (Ho et al. 2020, eq. 14)."""
-    alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
-    z_t = (alpha * z + sigma * eps).contiguous(memory_format=torch.channels_last)
-    return (unet(z_t, t, raw) - target(prediction, z, eps, alpha, sigma)).square().mean(dim=(1, 2, 3))
-
-
-def split(tensors: tuple[Tensor, ...], raw: Raw | None, size: int):
-    """Batches of `size`: (part of each tensor …, the raw conditions that go with them)."""
-    for start in range(0, len(tensors[0]), size):
-        part = slice(start, start + size)
-        yield *(x[part] for x in tensors), [r[part] for r in raw or ()]
+    """Mean squared error of the prediction per latent, (B,), unweighted (Ho et al. 2020, eq. 14)."""
+    z_t = schedule.add_noise(z, eps, t).contiguous(memory_format=torch.channels_last)
+    error = unet(z_t, t, cond) - target(prediction, z, eps, *schedule.coefficients(t))
+    return error.square().mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
-def held_out_losses(
-    unet: UNet, z: Tensor, raw: Raw | None, schedule: Schedule, s: Diffusion, at_once: int, dtype: torch.dtype
-) -> list[float]:
-    """Unweighted loss in each of the schedule's bins of timesteps, at the same noise and timesteps every time."""
-    generator = torch.Generator().manual_seed(0)
-    alphas, sigmas = schedule.tables(z.device)
-    losses = []
+def val_losses(trainer: Trainer, z: Tensor, cond: Cond, schedule: Schedule, dtype: torch.dtype) -> list[float]:
+    """Unweighted loss per timestep bin, with the same noise and timesteps in every call."""
+    unet, generator, losses = trainer.ema.net, torch.Generator().manual_seed(0), []
     for first, last in schedule.bins():
         t = torch.linspace(first, last, len(z)).round().long().to(z.device)
         eps = torch.randn(z.shape, generator=generator).to(z.device)
-        with autocast(z.device, dtype):
-            parts = [
-                diffusion_loss(unet, *part, alphas, sigmas, s.prediction, tuple(part_raw) or None)
-                for *part, part_raw in split((z, eps, t), raw, at_once)
-            ]
+        parts = []
+        for start in range(0, len(z), trainer.micro_batch):
+            part = slice(start, start + trainer.micro_batch)
+            part_cond = tuple(c[part] for c in cond)
+            with autocast(z.device, dtype):
+                parts.append(diffusion_loss(unet, z[part], eps[part], t[part], schedule, trainer.cfg.prediction, part_cond))
         losses.append(float(torch.cat(parts).mean()))
     return losses
 
 
-@torch.no_grad()
-def sample_picture(
-    unet: UNet,
-    raw: Raw | None,
-    vae: VAE,
-    normaliser: Normaliser,
-    schedule: Schedule,
-    s: Diffusion,
-    at_once: int,
-    dtype: torch.dtype,
-) -> tuple[Image, dict[str, float]]:
-    """A grid of samples from the same noise every time: UniPC, 20 steps, clamped to the measured range; conditioned on
-    what held-out images show, unguided. And how their latents spread beside those of training, and what share was clamped."""
-    device = normaliser.scale.device
-    shape = (unet.settings["channels"], unet.settings["size"], unet.settings["size"])
-    images, threshold, moments = [], Threshold(*normaliser.range()), Moments(shape[0])
-    for start in range(0, s.sample_images, at_once):
-        indices = range(start, min(start + at_once, s.sample_images))
-        noise = randn((len(indices), *shape), image_generators(0, indices, "cpu"), device)
-        theirs = None if raw is None else tuple(r[[i % len(r) for i in indices]] for r in raw)
-        denoise = make_denoiser(lambda z_t, t, raw=theirs: unet(z_t, t, raw), schedule, s.prediction, device, dtype)
-        z = sample(
-            denoise,
-            noise,
-            schedule,
-            "unipc",
-            min(20, s.timesteps),
-            spacing=spacing_for("unipc", schedule),
-            x0_range=threshold,
-        )
-        moments.add(z)
-        with autocast(device, dtype):
-            images.append(torch.from_numpy(to_uint8(vae.decode(normaliser.denormalise(z)))))
-    clamped, seen = threshold.counts
-    figures = {"std_ratio": moments.overall_std() / normaliser.overall_std(), "clamped": clamped / seen}
-    return grid(torch.cat(images).numpy(), cols=max(1, round(s.sample_images**0.5))), figures
+def sample_preview(model: LatentDiffusion, cfg: DiffusionConfig, batch_size: int, cond: Cond) -> tuple[Image, dict]:
+    """A grid of samples from fixed noise, under validation conditions without guidance, and statistics of their latents."""
+    steps = min(PREVIEW_STEPS, cfg.timesteps)
+    settings = SamplingConfig(sampler="unipc", steps=steps, cols=1, batch_size=batch_size)
+    spec = OutputSpec(cfg.sample_images, num_pixels=cfg.sample_images)
+    samples = model.generate(settings, spec, cond, show_progress=False)
+    return image_grid(samples.pixel_array(), cols=max(1, round(cfg.sample_images**0.5))), samples.stats(model.normalizer)
 
 
 def main(argv: list[str] | None = None) -> int:

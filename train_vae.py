@@ -1,199 +1,207 @@
-"""Stage 1: pixels -> VAE.
+"""Stage 1 of 4: images -> VAE.
 
-Trains a VAE on the images of config.data with reconstruction + perceptual + KL loss, and writes
-runs/<name>/vae/vae.safetensors (EMA weights). The same command resumes.
+Train a VAE on the images of config.data with a reconstruction, perceptual and KL loss, optionally with a discriminator.
+Writes runs/<name>/vae/vae.safetensors (EMA weights). Run the same command again to resume.
 """
 
-from lab import cli
+from utils import cli
 
 if __name__ == "__main__":
-    cli.answer_early(__doc__)  # --help and a wrong config need no torch
+    cli.handle_help(__doc__)  # before torch is imported, which takes seconds
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from config import Config, Vae
-from data import Shuffle, find_images, to_float, to_uint8
-from lab.artifacts import require_space
-from lab.experiment import experiment_of, require_same_run
-from lab.feed import Feed
-from lab.pictures import pairs
-from lab.run import Run
-from models.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from config import Config, VAEConfig
+from dataset import TRAIN, VAL
+from dataset.image_cache import DatasetIndex, Images, index_dataset
+from dataset.loader import BatchLoader, Shuffle
+from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.vae import VAE, reconstruction_error
-from sources import HELD_OUT, TRAIN
-from training import (
-    STATE_BYTES,
-    TRAINING_BYTES,
+from training.resume import require_same_run, run_identity
+from training.trainer import Trainer
+from utils.checkpoints import load_perceptual
+from utils.device import (
+    STATE_BYTES_PER_PARAM,
+    TRAIN_BYTES_PER_PARAM,
     autocast,
     compile_networks,
-    load_perceptual,
-    parameters_of,
+    num_params,
     pick_device,
     pick_precision,
     require_memory,
 )
+from utils.files import require_space
+from utils.images import comparison_grid, to_float, to_uint8
 
-EVAL_IMAGES = 512  # held-out images measured while training
-SHEET_IMAGES = 32
+EVAL_IMAGES = 512  # validation images per evaluation
+GRID_IMAGES = 32
 
 
 def train(config: Config, dry_run: bool) -> None:
-    s, device = config.vae, pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
-    folder = config.run_dir / "vae"
-    perceptual = load_perceptual(s.perceptual, device) if s.perceptual.weight > 0 else None
-    found = find_images(config)
+    cfg, device = config.vae, pick_device(config.device)
+    dtype, folder = pick_precision(config.precision, device), config.run_dir / "vae"
+    perceptual = load_perceptual(cfg.perceptual, device) if cfg.perceptual.weight > 0 else None
+    index = index_dataset(config)
     torch.manual_seed(config.seed)
-    vae = VAE(s.widths, s.blocks, s.latent_channels, s.attention, s.patch, s.output).to(
-        device, memory_format=torch.channels_last
-    )
-    size, latent = config.data.image_size, config.data.image_size // vae.downsampling
-    require_space(folder, STATE_BYTES * parameters_of(vae))
-    require_memory(device, TRAINING_BYTES * parameters_of(vae))
-    require_same_run(folder, experiment_of(config, "vae"), s)
-
-    print(
-        f"VAE: {parameters_of(vae) / 1e6:.2f}M parameters, {size}x{size}x3 -> {latent}x{latent}x{s.latent_channels}, on {device} in {str(dtype)[6:]}\n"
-        f"images: {found.count(TRAIN):,} for training, {found.count(HELD_OUT):,} held out\n"
-        f"loss: {s.reconstruction}"
-        + (f" + {s.perceptual.weight:g} {perceptual.title}" if perceptual else "")
-        + f" + {s.kl_weight:g} KL (nats per latent dimension)"
-        + (f" + {s.adversarial.weight:g} adversarial from step {s.adversarial.start:,}" if s.adversarial.weight > 0 else "")
-        + "\n"
-        f"steps: {s.steps:,} of {s.batch_size} images"
-        + (f", at most {s.max_minutes:g} minutes" if s.max_minutes else "")
-        + "\n"
-        f"files: {folder}/vae.safetensors, state.pt, metrics.jsonl, curves.png, reconstructions.png"
-    )
+    vae = build_vae(cfg).to(device, memory_format=torch.channels_last)
+    require_space(folder, STATE_BYTES_PER_PARAM * num_params(vae))
+    require_memory(device, TRAIN_BYTES_PER_PARAM * num_params(vae))
+    require_same_run(folder, run_identity(config, "vae"), cfg)
+    print_plan(config, vae, index, perceptual, f"on {device} in {str(dtype)[6:]}")
     if dry_run:
         return
 
-    images = found.load()
-    train_rows, held_out = torch.from_numpy(images.rows(TRAIN)), torch.from_numpy(images.rows(HELD_OUT, EVAL_IMAGES))
-    pixels = Feed([torch.from_numpy(images.pixels)], device)
-    order = Shuffle(len(train_rows), config.seed)
-    print(f"pixels: {pixels}")
+    images = index.load()
+    loader = BatchLoader([torch.from_numpy(images.pixels)], device)
+    train_rows = torch.from_numpy(images.rows(TRAIN))
+    shuffle = Shuffle(len(train_rows), config.seed)
+    print(f"pixels: {loader}")
     discriminator = None
-    if s.adversarial.weight > 0:
+    if cfg.adversarial.weight > 0:
         torch.manual_seed(config.seed + 1)
-        discriminator = PatchDiscriminator(s.adversarial.width).to(device, memory_format=torch.channels_last)
-    experiment = experiment_of(config, "vae", data_fingerprint=images.fingerprint)
+        discriminator = PatchDiscriminator(cfg.adversarial.width).to(device, memory_format=torch.channels_last)
+    vae.grad_checkpointing = cfg.grad_checkpointing
+    compile_for_training(config.compile, device, vae, perceptual, discriminator)
 
-    header = dict(kind="vae", settings=vae.settings, image_size=size, data_fingerprint=images.fingerprint)
-
-    vae.checkpointing = s.checkpointing
-    # The adaptive weight asks for the gradient of the decoder's last layer alone, twice: a decoder compiled whole would go back all
-    # the way each time, and what is compiled behind that layer would have thrown away what the second time needs.
-    whole = [vae, *([perceptual] if perceptual else [])]
-    compile_networks(config.compile, device, *([*vae.encoder, *vae.decoder[:-2]] if discriminator else whole))
-    with Run(
-        folder,
-        vae,
-        s,
-        experiment,
-        config.seed,
-        config.logging,
-        "vae.safetensors",
-        header,
-        companion=discriminator,
-        companion_lr=s.adversarial.lr,
-    ) as run:
-        if run.over:
-            print(f"{folder}: already trained, {run.step:,} steps in {run.minutes:.1f} minutes")
-            return
-        while True:
-            if run.due(s.log_every):
-                run.report()
-            if run.due(s.eval_every) and run.leads:
-                figures, sheet = evaluate(run.ema.net, pixels, held_out, perceptual, s, run.micro_batch, device, dtype)
-                run.log({f"held_out/{name}": value for name, value in figures.items()})
-                run.picture("reconstructions", sheet, "reconstructions.png")
-                run.say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-            if run.save_due():
-                run.save()
-            if run.over:
-                break
-
-            run.seed_step()
-            now, then = (
-                train_rows[order.take(start, s.batch_size)] for start in (run.images_seen, run.images_seen + s.batch_size)
+    with make_trainer(config, vae, discriminator, images) as trainer:
+        for step in trainer:
+            # All processes generate the random numbers of the whole batch; each keeps its shard.
+            shard = trainer.shard
+            rows, next_rows = (
+                train_rows[shuffle.indices(start, cfg.batch_size)][shard]
+                for start in (trainer.images_seen, trainer.images_seen + cfg.batch_size)
             )
-            # Drawn for the whole batch, so that several processes do what one does; each keeps its share.
-            mirrored = (torch.rand(s.batch_size, 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0))[run.share]
-            noise = torch.randn(s.batch_size, s.latent_channels, latent, latent, device=device)[run.share]
-            batch = pixels.take(now[run.share], then[run.share])  # (B, H, W, 3) uint8
-            kl_weight = s.kl_weight * min(1.0, (run.step + 1) / max(1, s.kl_warmup))
+            flip = (torch.rand(cfg.batch_size, 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0))[shard]
+            size = config.data.image_size // vae.downsampling
+            noise = torch.randn(cfg.batch_size, cfg.latent_channels, size, size, device=device)[shard]
+            pixels = loader.batch(rows, next_rows)  # (B, H, W, 3) uint8
+            kl_weight = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
 
-            def backward(part: slice) -> None:
-                x = to_float(batch[part])
-                x = torch.where(mirrored[part], x.flip(3), x).contiguous(memory_format=torch.channels_last)
+            def forward_backward(micro_batch: slice) -> None:
+                x = to_float(pixels[micro_batch])
+                x = torch.where(flip[micro_batch], x.flip(3), x).contiguous(memory_format=torch.channels_last)
                 with autocast(device, dtype):
-                    y, posterior = vae(x, noise[part])
+                    y, posterior = vae(x, noise[micro_batch])
                     distance = perceptual(x, y) if perceptual else x.new_zeros(len(x))  # (B,)
-                error = reconstruction_error(s.reconstruction, x, y).mean(dim=(1, 2, 3))  # (B,)
+                error = reconstruction_error(cfg.reconstruction, x, y).mean(dim=(1, 2, 3))  # (B,)
                 kl = posterior.kl().mean(dim=(1, 2, 3))  # (B,) nats per latent dimension
-                loss = error + s.perceptual.weight * distance.float() + kl_weight * kl
-                if discriminator is None or run.step < s.adversarial.start:
-                    run.accumulate(loss, loss, reconstruction=error, perceptual=distance, nats_per_dim=kl)
+                loss = error + cfg.perceptual.weight * distance.float() + kl_weight * kl
+                metrics = dict(reconstruction=error, perceptual=distance, nats_per_dim=kl)
+                if discriminator is None or step < cfg.adversarial.start:
+                    trainer.backward(loss, loss, **metrics)
                     return
-                discriminator.requires_grad_(False)  # the VAE's step must leave no gradient in the discriminator
+                discriminator.requires_grad_(False)  # the VAE's backward pass must not leave gradients in it
                 with autocast(device, dtype):
-                    fooling = generator_loss(discriminator(y))  # (B,)
-                weight = s.adversarial.weight * adaptive_weight(loss.mean(), fooling.mean(), vae.last_layer)
-                run.accumulate(loss + weight * fooling, loss, reconstruction=error, perceptual=distance, nats_per_dim=kl,
-                               fooling=fooling, adaptive_weight=weight.expand(len(x)))  # fmt: skip
+                    g_loss = generator_loss(discriminator(y))  # (B,)
+                weight = cfg.adversarial.weight * adaptive_weight(loss.mean(), g_loss.mean(), vae.last_layer)
+                metrics |= dict(g_loss=g_loss, adaptive_weight=weight.expand(len(x)))
+                trainer.backward(loss + weight * g_loss, loss, **metrics)
                 discriminator.requires_grad_(True)
                 with autocast(device, dtype):
-                    told_apart = discriminator_loss(discriminator(x), discriminator(y.detach()))  # (B,)
-                run.accumulate_companion(told_apart, discriminator=told_apart)
+                    d_loss = discriminator_loss(discriminator(x), discriminator(y.detach()))  # (B,)
+                trainer.backward_discriminator(d_loss, d_loss=d_loss)
 
-            run.take_step(backward)
-    run.stop_if_told()
-    print(f"done: {folder}/vae.safetensors after {run.step:,} steps, {run.minutes:.1f} minutes")
+            trainer.step(forward_backward)
+            if trainer.is_main and trainer.due(cfg.eval_every):
+                metrics, grid = evaluate(trainer, loader, images, perceptual, dtype)
+                trainer.log({f"val/{name}": value for name, value in metrics.items()})
+                trainer.log_image("reconstructions", grid, "reconstructions.png")
+                trainer.print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def build_vae(cfg: VAEConfig) -> VAE:
+    return VAE(
+        channels=cfg.channels,
+        num_res_blocks=cfg.num_res_blocks,
+        latent_channels=cfg.latent_channels,
+        attention=cfg.attention,
+        patch_size=cfg.patch_size,
+        output_activation=cfg.output_activation,
+    )
+
+
+def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Module | None, hardware: str) -> None:
+    cfg, image_size = config.vae, config.data.image_size
+    latent_size = image_size // vae.downsampling
+    loss = cfg.reconstruction
+    loss += f" + {cfg.perceptual.weight:g} {perceptual.title}" if perceptual else ""
+    loss += f" + {cfg.kl_weight:g} KL (nats per latent dimension)"
+    if cfg.adversarial.weight > 0:
+        loss += f" + {cfg.adversarial.weight:g} adversarial from step {cfg.adversarial.start:,}"
+    print("stage 1 of 4: train the VAE")
+    print(
+        f"VAE: {num_params(vae) / 1e6:.2f}M parameters, {image_size}x{image_size}x3 -> "
+        f"{latent_size}x{latent_size}x{cfg.latent_channels}, {hardware}"
+    )
+    print(f"images: {index.num_images(TRAIN):,} for training, {index.num_images(VAL):,} for validation")
+    print(f"loss: {loss}")
+    limit = f", at most {cfg.max_minutes:g} minutes" if cfg.max_minutes else ""
+    print(f"steps: {cfg.steps:,} with {cfg.batch_size} images each{limit}")
+    print(f"files: {config.run_dir}/vae/vae.safetensors, state.pt, metrics.jsonl, curves.png, reconstructions.png")
+
+
+def compile_for_training(setting, device, vae: VAE, perceptual: nn.Module | None, discriminator: nn.Module | None) -> None:
+    if discriminator is None:
+        compile_networks(setting, device, vae, *([perceptual] if perceptual else []))
+        return
+    # The adaptive weight differentiates the decoder's last layer alone, twice. In a decoder compiled as a whole each of
+    # these backward passes would run to the input, and free buffers that the second one needs.
+    compile_networks(setting, device, *vae.encoder, *vae.decoder[:-2])
+
+
+def make_trainer(config: Config, vae: VAE, discriminator: nn.Module | None, images: Images) -> Trainer:
+    metadata = dict(
+        kind="vae", settings=vae.settings, image_size=config.data.image_size, data_fingerprint=images.fingerprint
+    )
+    return Trainer(
+        config.run_dir / "vae",
+        vae,
+        config.vae,
+        identity=run_identity(config, "vae", data_fingerprint=images.fingerprint),
+        seed=config.seed,
+        logging=config.logging,
+        weights_name="vae.safetensors",
+        metadata=metadata,
+        discriminator=discriminator,
+        discriminator_lr=config.vae.adversarial.lr,
+    )
 
 
 @torch.no_grad()
 def evaluate(
-    vae: VAE,
-    pixels: Feed,
-    rows: Tensor,
-    perceptual: nn.Module | None,
-    s: Vae,
-    at_once: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    trainer: Trainer, loader: BatchLoader, images: Images, perceptual: nn.Module | None, dtype: torch.dtype
 ) -> tuple[dict[str, float], Image]:
-    """Of the images at these rows (N,): figures of the reconstruction from the posterior mean, averaged over images, and a sheet of
-    originals over reconstructions."""
-    sums: dict[str, float] = {}
-    n, shown = len(rows), []
-    for part in rows.split(at_once):
-        x = to_float(pixels.take(part))
+    """Reconstruction metrics of validation images from the posterior mean, and a grid of originals and reconstructions."""
+    vae, cfg, device = trainer.ema.net, trainer.cfg, loader.device
+    rows = torch.from_numpy(images.rows(VAL, EVAL_IMAGES))
+    totals: dict[str, float] = {}
+    originals: list[Tensor] = []
+    reconstructions: list[Tensor] = []
+    for batch_rows in rows.split(trainer.micro_batch):
+        x = to_float(loader.batch(batch_rows))
         with autocast(device, dtype):
             posterior = vae.encode(x)
             y = vae.decode(posterior.mean)
-        y = y.clamp(-1, 1)  # what a picture file can hold
-        y01, x01 = (y + 1) / 2, (x + 1) / 2  # SSIM depends on where black is
-        figures = dict(
+        y = y.clamp(-1, 1)  # as stored in an image file
+        x01, y01 = (x + 1) / 2, (y + 1) / 2  # SSIM is not invariant to an offset
+        metrics = dict(
             psnr=peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
             ssim=structural_similarity_index_measure(y01, x01, data_range=1.0),
-            reconstruction=reconstruction_error(s.reconstruction, x, y).mean(),
+            reconstruction=reconstruction_error(cfg.reconstruction, x, y).mean(),
             nats_per_dim=posterior.kl().mean(),
         )
         if perceptual is not None:
-            figures["perceptual"] = perceptual.forward(x, y).mean()  # not what is compiled for training
-        for name, value in figures.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(x)
-        if len(shown) * at_once < SHEET_IMAGES:
-            shown.append((to_uint8(x), to_uint8(y)))
-    above, below = (torch.cat([torch.from_numpy(p[i]) for p in shown]).numpy()[:SHEET_IMAGES] for i in (0, 1))
-    return {name: total / n for name, total in sums.items()}, pairs(above, below)
+            metrics["perceptual"] = perceptual.forward(x, y).mean()  # forward: not the version compiled for training
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * len(x)
+        if sum(map(len, originals)) < GRID_IMAGES:
+            originals.append(torch.from_numpy(to_uint8(x)))
+            reconstructions.append(torch.from_numpy(to_uint8(y)))
+    grid = comparison_grid(*(torch.cat(parts).numpy()[:GRID_IMAGES] for parts in (originals, reconstructions)))
+    return {name: total / len(rows) for name, total in totals.items()}, grid
 
 
 def main(argv: list[str] | None = None) -> int:

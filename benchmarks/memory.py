@@ -1,4 +1,4 @@
-"""How much memory does training need, with and without recomputed activations?
+"""How much memory does training need, with and without checkpointed activations?
 
     python benchmarks/memory.py configs/faces512.yaml [section.key=value ...]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import timing  # puts the project on the path
 from timing import DEVICE, machine, print_table
 
-from lab.settings import load_config
+from utils.settings import load_config
 
 ONE = """
 import resource, sys
@@ -41,7 +41,7 @@ def peak_of(stage: str, argv: list[str]) -> float:
 
 def main(config: str, *overrides: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        argv = [config, f"runs_dir={folder}", "data.source=synthetic_faces", "data.count=160", "data.holdout=0.05", "vae.perceptual.net=none",
+        argv = [config, f"runs_dir={folder}", "data.source=synthetic_faces", "data.num_images=160", "data.val_fraction=0.05", "vae.perceptual.net=none",
                 "vae.steps=2", "diffusion.steps=2", "diffusion.sample_images=1", "encodings.batch_size=4", "compile=false", "vae.adversarial.start=0", *overrides]  # fmt: skip
         rows, settings = [], load_config(config, argv[1:])
         for stage, section in (("train_vae", "vae"), ("train_diffusion", "diffusion")):

@@ -3,7 +3,7 @@
     python benchmarks/pixel_space.py configs/faces512.yaml [batch size] [smaller sizes of pictures ...]
 
 Each in a process of its own: forward, backward, AdamW, three steps, of which the fastest counts; and the peak of the GPU's memory, or on a CPU
-of the whole process (torch itself takes some 0.4 GB of that). "nan": did not fit. Activations are recomputed where the config says so.
+of the whole process (torch itself takes some 0.4 GB of that). "nan": did not fit. Activations are checkpointed where the config says so.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from pathlib import Path
 import timing  # puts the project on the path
 from timing import machine, print_table
 
-from lab.settings import load_config
+from utils.settings import load_config
 
 ONE = """
 import resource, sys, time
@@ -22,13 +22,13 @@ import torch
 from timing import DEVICE, wait
 from models.schedules import make_schedule
 from models.unet import UNet
-from lab.settings import load_config
+from utils.settings import load_config
 from train_diffusion import diffusion_loss
-from training import autocast, pick_precision
+from utils.device import autocast, pick_precision
 config, channels, size, batch = {config!r}, *map(int, sys.argv[1:])
 s = load_config(config).diffusion
 net = UNet(channels, size, s.widths, s.blocks, s.attention, s.head_channels, s.dropout).to(DEVICE, memory_format=torch.channels_last)
-net.checkpointing = s.checkpointing
+net.grad_checkpointing = s.checkpointing
 optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=True)
 alphas, sigmas = make_schedule(s.schedule).tables(DEVICE)
 z, t = torch.randn(batch, channels, size, size, device=DEVICE), torch.randint(0, 1000, (batch,), device=DEVICE)
@@ -60,7 +60,7 @@ def step_of(config: str, channels: int, size: int, batch: int) -> tuple[float, f
 
 def main(path: str, batch: str = "1", *smaller: str) -> None:
     config = load_config(path)
-    down = config.vae.patch * 2 ** (len(config.vae.widths) - 1)
+    down = config.vae.patch_size * 2 ** (len(config.vae.channels) - 1)
     latent = config.data.image_size // down
     latents = step_of(path, config.vae.latent_channels, latent, int(batch))
     rows = [

@@ -14,18 +14,18 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from unet_step import CHANNELS, SIZE, diffusers_net
 
-from config import Diffusion
-from inference import Graphed, cast_weights
+from config import DiffusionConfig
 from models.schedules import make_schedule
 from models.unet import UNet
+from pipeline.cuda_graphs import GraphedForward, cast_weights
 from sampling import make_denoiser, sample
-from training import autocast, pick_precision
+from utils.device import autocast, pick_precision
 
 IMAGES = 64
 
 
 def main(steps: int = 20, repeats: int = 5) -> None:
-    dtype, s, schedule = pick_precision("auto", DEVICE), Diffusion(), make_schedule("linear")
+    dtype, s, schedule = pick_precision("auto", DEVICE), DiffusionConfig(), make_schedule("linear")
     torch.manual_seed(0)
     net = (
         UNet(CHANNELS, SIZE, s.widths, s.blocks, s.attention, s.head_channels)
@@ -36,7 +36,7 @@ def main(steps: int = 20, repeats: int = 5) -> None:
         if not parameter.any():
             parameter.data.normal_(std=0.02)
     cast_weights(net, dtype)
-    forward = Graphed(net) if DEVICE.type == "cuda" else net
+    forward = GraphedForward(net) if DEVICE.type == "cuda" else net
     noise = torch.randn(IMAGES, CHANNELS, SIZE, SIZE, device=DEVICE)
 
     def ours():

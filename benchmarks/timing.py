@@ -9,11 +9,9 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project, before torch: cli sets how torch allocates
 
-from lab import cli  # noqa: E402, F401, I001
 
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

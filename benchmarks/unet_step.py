@@ -3,7 +3,7 @@
     python benchmarks/unet_step.py [batch size] [repeats]
 
 Ours: bf16 autocast where the hardware has it, channels_last, fused AdamW, foreach EMA. Peers (a) as their own scripts run them: float32,
-AdamW as it comes, their own EMA; (b) given our precision, layout, optimiser and EMA. A step is forward, backward, clip, AdamW, EMA.
+AdamW as it comes, their own EMA; (b) given our precision, layout, optimizer and EMA. A step is forward, backward, clip, AdamW, EMA.
 """
 
 import sys
@@ -16,11 +16,12 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
-from config import Diffusion
+from config import DiffusionConfig
 from models.schedules import make_schedule
 from models.unet import UNet
 from train_diffusion import diffusion_loss
-from training import EMA, autocast, missing_compiler, parameters_of, pick_precision
+from training.optim import EMA
+from utils.device import autocast, missing_compiler, num_params, pick_precision
 
 CHANNELS, SIZE = 8, 16
 
@@ -76,18 +77,18 @@ def peers() -> dict:
 
 
 def main(batch: int = 64, repeats: int = 7) -> None:
-    dtype, s = pick_precision("auto", DEVICE), Diffusion()
+    dtype, s = pick_precision("auto", DEVICE), DiffusionConfig()
     torch.manual_seed(0)
     ours = UNet(CHANNELS, SIZE, s.widths, s.blocks, s.attention, s.head_channels, s.dropout)
-    runs, sizes = {"ours": steps(ours, None, dtype, True, batch)}, {"ours": parameters_of(ours)}
+    runs, sizes = {"ours": steps(ours, None, dtype, True, batch)}, {"ours": num_params(ours)}
     if not missing_compiler(DEVICE):
         compiled = UNet(**ours.settings)
         compiled.compile(dynamic=False)
-        runs["ours, compiled"], sizes["ours, compiled"] = steps(compiled, None, dtype, True, batch), parameters_of(compiled)
+        runs["ours, compiled"], sizes["ours, compiled"] = steps(compiled, None, dtype, True, batch), num_params(compiled)
     for name, (build, predict) in peers().items():
         for kind, precision, like_ours in (("(a)", torch.float32, False), ("(b)", dtype, True)):
             net = build()
-            sizes[f"{name} {kind}"] = parameters_of(net)
+            sizes[f"{name} {kind}"] = num_params(net)
             runs[f"{name} {kind}"] = steps(net, predict, precision, like_ours, batch)
     peak = peak_flops(dtype)
     # Not of the compiled one: what counts would keep it from ever being compiled (torch before 2.14).

@@ -2,7 +2,7 @@
 
     python benchmarks/vae_step.py [batch size] [repeats]
 
-Peer (a) float32 as it comes, (b) given our precision, layout and optimiser. The loss is MSE + KL for both: no perceptual network.
+Peer (a) float32 as it comes, (b) given our precision, layout and optimizer. The loss is MSE + KL for both: no perceptual network.
 """
 
 import sys
@@ -13,9 +13,10 @@ from timing import DEVICE, flops_of, interleaved, machine, peak_flops, print_tab
 import torch
 from diffusers import AutoencoderKL
 
-from config import Vae
+from config import VAEConfig
 from models.vae import VAE
-from training import EMA, autocast, parameters_of, pick_precision
+from training.optim import EMA
+from utils.device import autocast, num_params, pick_precision
 
 SIZE = 64
 
@@ -68,7 +69,7 @@ def stages(net, dtype, ours: bool, batch: int) -> dict:
 
 
 def main(batch: int = 32, repeats: int = 7) -> None:
-    dtype, s = pick_precision("auto", DEVICE), Vae()
+    dtype, s = pick_precision("auto", DEVICE), VAEConfig()
     torch.manual_seed(0)
     nets = {
         "ours": VAE(s.widths, s.blocks, s.latent_channels, s.attention),
@@ -85,7 +86,7 @@ def main(batch: int = 32, repeats: int = 7) -> None:
         seconds = interleaved({name: timed[name][stage] for name in nets}, repeats)
         for name, t in seconds.items():
             flops = flops_of(timed[name][stage])
-            rows.append([stage, name, f"{parameters_of(nets[name]) / 1e6:.2f}M", f"{1000 * t:.0f}", f"{batch / t:,.0f}",
+            rows.append([stage, name, f"{num_params(nets[name]) / 1e6:.2f}M", f"{1000 * t:.0f}", f"{batch / t:,.0f}",
                          f"{t / seconds['ours']:.2f}", f"{flops / 1e9:.0f}", f"{flops / t / peak:.0%}"])  # fmt: skip
     print_table(["", "", "parameters", "ms", "images/s", "theirs / ours", "GFLOP", "of peak"], rows)
 

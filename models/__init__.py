@@ -1,1 +1,1 @@
-"""Networks, schedules and losses. Nothing in here imports anything of the project outside this package."""
+"""Networks, schedules and losses. This package imports nothing else of the project."""

@@ -1,141 +1,166 @@
-"""The noise-prediction U-Net (Ronneberger et al. 2015; Ho et al. 2020, App. B; Dhariwal & Nichol 2021)."""
+"""U-Net that predicts eps, v, x0 or velocity (Ronneberger et al. 2015; Ho et al. 2020, App. B; Dhariwal & Nichol 2021)."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.conditioning import Raw, make_conditioner
+from models.conditioning import Cond, make_conditioner
 from models.layers import (
     Attention,
     CrossAttention,
     Downsample,
     ResBlock,
     Upsample,
-    norm,
-    recomputed,
+    checkpointed,
+    group_norm,
     timestep_embedding,
-    zero,
+    zero_init,
 )
 from models.transformer import TransformerBottleneck
 
 
 class UNet(nn.Module):
-    """z_t (B, C, h, w), timesteps t (B,) and, where it has a conditioner, a raw condition -> prediction (B, C, h, w), float32.
+    """z_t (B, in_channels, h, w), timesteps (B,) and a condition -> prediction in the shape of z_t, float32.
 
-    widths[i] are the channels at level i, where the latent is `size` / 2^i wide. After every residual block there is
-    self-attention where that width is in `attention`, and cross-attention to the condition's tokens where it is in
-    `cross_attention`. The middle is two residual blocks around self-attention, or a transformer on the positions.
-    `conditioning` is what `make_conditioner` takes. Raises ValueError for settings that do not fit together.
+    size                    of training latents; level i has resolution size / 2^i
+    channels                per level
+    num_res_blocks          per level on the way down; one more on the way up
+    attn_resolutions        resolutions with self-attention after each residual block
+    head_channels           minimum channels per attention head
+    conditioning            arguments of `make_conditioner`; None: unconditional
+    cross_attn_resolutions  resolutions with cross-attention to the condition's tokens
+    bottleneck              residual: two residual blocks around self-attention; transformer: TransformerBottleneck
+    bottleneck_blocks       blocks of the transformer bottleneck
     """
 
     def __init__(
         self,
-        channels: int,
+        *,
+        in_channels: int,
         size: int,
-        widths: list[int],
-        blocks: int,
-        attention: list[int],
+        channels: list[int],
+        num_res_blocks: int,
+        attn_resolutions: list[int],
         head_channels: int = 64,
         dropout: float = 0.0,
         conditioning: dict | None = None,
-        cross_attention: list[int] = (),
+        cross_attn_resolutions: list[int] = (),
         bottleneck: str = "residual",
         bottleneck_blocks: int = 4,
     ):
         super().__init__()
         self.settings = dict(
-            channels=channels,
+            in_channels=in_channels,
             size=size,
-            widths=list(widths),
-            blocks=blocks,
-            attention=list(attention),
+            channels=list(channels),
+            num_res_blocks=num_res_blocks,
+            attn_resolutions=list(attn_resolutions),
             head_channels=head_channels,
             dropout=dropout,
             conditioning=conditioning,
-            cross_attention=list(cross_attention),
+            cross_attn_resolutions=list(cross_attn_resolutions),
             bottleneck=bottleneck,
             bottleneck_blocks=bottleneck_blocks,
         )
-        if size % 2 ** (len(widths) - 1):
-            raise ValueError(f"latents of {size}x{size} cannot be halved {len(widths) - 1} times")
-        emb_dim = 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(widths[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.conditioner = make_conditioner(conditioning, emb_dim) if conditioning else None
-        token_dim = self.conditioner.token_dim if self.conditioner else None
-        sizes = [size >> level for level in range(len(widths))]
-        if token_dim and not set(cross_attention) & set(sizes):
+        self.grad_checkpointing = False  # recompute activations in the backward pass
+        num_levels = len(channels)
+        if size % 2 ** (num_levels - 1):
             raise ValueError(
-                f"cross_attention {list(cross_attention)} names none of the latent's widths in the U-Net, {', '.join(map(str, sizes))}"
+                f"latents of {size}x{size} cannot be halved {num_levels - 1} times: use fewer levels in channels"
             )
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        resolutions = [size >> level for level in range(num_levels)]
 
-        def across(width: int, resolution: int) -> list[nn.Module]:
-            return [CrossAttention(width, token_dim, head_channels)] if token_dim and resolution in cross_attention else []
+        self.emb_dim = 4 * channels[0]
+        self.time_embed = nn.Sequential(
+            nn.Linear(channels[0], self.emb_dim), nn.SiLU(), nn.Linear(self.emb_dim, self.emb_dim)
+        )
+        self.conditioner = make_conditioner(conditioning, self.emb_dim) if conditioning else None
+        self.token_dim = self.conditioner.token_dim if self.conditioner else None
+        if self.token_dim and not set(cross_attn_resolutions) & set(resolutions):
+            raise ValueError(
+                f"cross_attn_resolutions must include a resolution of the U-Net, {', '.join(map(str, resolutions))} "
+                f"(got {list(cross_attn_resolutions)})"
+            )
 
-        def block(c_in: int, c_out: int, resolution: int) -> nn.ModuleList:
-            modules: list[nn.Module] = [ResBlock(c_in, c_out, emb_dim, dropout)]
-            if resolution in attention:
-                modules.append(Attention(c_out, head_channels))
-            return nn.ModuleList(modules + across(c_out, resolution))
-
-        # Every output of the way down is kept and joined, last first, on the way up.
-        self.down, kept, width = nn.ModuleList(), [widths[0]], widths[0]
-        for level, level_width in enumerate(widths):
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        ch, skip_channels = channels[0], [channels[0]]
+        self.down = nn.ModuleList()
+        for level, level_channels in enumerate(channels):
             if level > 0:
-                self.down.append(nn.ModuleList([Downsample(width)]))
-                kept.append(width)
-            for _ in range(blocks):
-                self.down.append(block(width, level_width, size >> level))
-                width = level_width
-                kept.append(width)
+                self.down.append(nn.ModuleList([Downsample(ch)]))
+                skip_channels.append(ch)
+            for _ in range(num_res_blocks):
+                self.down.append(self._block(ch, level_channels, resolutions[level]))
+                ch = level_channels
+                skip_channels.append(ch)
 
-        if bottleneck == "transformer":
-            middle = [TransformerBottleneck(width, sizes[-1], bottleneck_blocks, head_channels, emb_dim)]
-            middle += across(width, sizes[-1])
-        elif bottleneck == "residual":
-            middle = [ResBlock(width, width, emb_dim, dropout), Attention(width, head_channels), *across(width, sizes[-1])]
-            middle += [ResBlock(width, width, emb_dim, dropout)]
-        else:
-            raise ValueError(f"bottleneck {bottleneck!r} does not exist; there are: residual, transformer")
-        self.middle = nn.ModuleList(middle)
+        self.middle = self._bottleneck(ch, resolutions[-1])
 
         self.up = nn.ModuleList()
-        for level, level_width in reversed(list(enumerate(widths))):
-            for i in range(blocks + 1):
-                modules = block(width + kept.pop(), level_width, size >> level)
-                width = level_width
-                if level > 0 and i == blocks:
-                    modules.append(Upsample(width, width))
-                self.up.append(modules)
+        for level, level_channels in reversed(list(enumerate(channels))):
+            for i in range(num_res_blocks + 1):
+                block = self._block(ch + skip_channels.pop(), level_channels, resolutions[level])
+                ch = level_channels
+                if level > 0 and i == num_res_blocks:
+                    block.append(Upsample(ch, ch))
+                self.up.append(block)
+        self.norm_out, self.conv_out = group_norm(ch), zero_init(nn.Conv2d(ch, in_channels, 3, padding=1))
 
-        self.checkpointing = False  # recompute activations in the backward pass
-        self.norm_out, self.conv_out = norm(width), zero(nn.Conv2d(width, channels, 3, padding=1))
+    def _block(self, c_in: int, c_out: int, resolution: int) -> nn.ModuleList:
+        modules: list[nn.Module] = [ResBlock(c_in, c_out, self.emb_dim, self.settings["dropout"])]
+        if resolution in self.settings["attn_resolutions"]:
+            modules.append(Attention(c_out, self.settings["head_channels"]))
+        return nn.ModuleList(modules + self._cross_attn(c_out, resolution))
 
-    def forward(self, z_t: Tensor, t: Tensor, raw: Raw | None = None) -> Tensor:
-        emb = self.time(timestep_embedding(t, self.time[0].in_features))  # (B, emb_dim)
+    def _cross_attn(self, ch: int, resolution: int) -> list[nn.Module]:
+        if not self.token_dim or resolution not in self.settings["cross_attn_resolutions"]:
+            return []
+        return [CrossAttention(ch, self.token_dim, self.settings["head_channels"])]
+
+    def _bottleneck(self, ch: int, resolution: int) -> nn.ModuleList:
+        kind, dropout, head_channels = (self.settings[key] for key in ("bottleneck", "dropout", "head_channels"))
+        if kind == "residual":
+            modules = [ResBlock(ch, ch, self.emb_dim, dropout), Attention(ch, head_channels)]
+            modules += self._cross_attn(ch, resolution)
+            modules.append(ResBlock(ch, ch, self.emb_dim, dropout))
+        elif kind == "transformer":
+            transformer = TransformerBottleneck(
+                channels=ch,
+                size=resolution,
+                num_blocks=self.settings["bottleneck_blocks"],
+                head_channels=head_channels,
+                emb_dim=self.emb_dim,
+            )
+            modules = [transformer, *self._cross_attn(ch, resolution)]
+        else:
+            raise ValueError(f"bottleneck must be residual or transformer (got {kind!r})")
+        return nn.ModuleList(modules)
+
+    def forward(self, z_t: Tensor, t: Tensor, cond: Cond = ()) -> Tensor:
+        emb = self.time_embed(timestep_embedding(t, self.time_embed[0].in_features))  # (B, emb_dim)
         tokens = mask = None
         if self.conditioner is not None:
-            condition = self.conditioner(*raw)
+            condition = self.conditioner(*cond)
             emb, tokens, mask = emb + condition.emb, condition.tokens, condition.mask
 
-        def through(modules: nn.ModuleList, h: Tensor) -> Tensor:
-            inputs = modules, h, emb, tokens, mask
-            return recomputed(in_order, *inputs) if self.checkpointing else in_order(*inputs)
+        def apply(block: nn.ModuleList, h: Tensor) -> Tensor:
+            inputs = block, h, emb, tokens, mask
+            return checkpointed(run_block, *inputs) if self.grad_checkpointing else run_block(*inputs)
 
         h = self.conv_in(z_t)
         skips = [h]
-        for modules in self.down:
-            h = through(modules, h)
+        for block in self.down:
+            h = apply(block, h)
             skips.append(h)
-        h = through(self.middle, h)
-        for modules in self.up:
-            h = through(modules, torch.cat([h, skips.pop()], dim=1))
+        h = apply(self.middle, h)
+        for block in self.up:
+            h = apply(block, torch.cat([h, skips.pop()], dim=1))
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
-def in_order(modules: nn.ModuleList, h: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Apply modules in order, each with what it needs beside the map."""
-    for module in modules:
+def run_block(block: nn.ModuleList, h: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Apply the modules in order, each with the inputs it takes."""
+    for module in block:
         if isinstance(module, (ResBlock, TransformerBottleneck)):
             h = module(h, emb)
         elif isinstance(module, CrossAttention):

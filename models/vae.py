@@ -1,4 +1,4 @@
-"""The VAE (Kingma & Welling 2014; architecture after Esser et al. 2021 and Rombach et al. 2022): pixels <-> latents."""
+"""VAE between pixels and latents (Kingma & Welling 2014; architecture after Esser et al. 2021 and Rombach et al. 2022)."""
 
 from dataclasses import dataclass
 
@@ -6,129 +6,131 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Attention, Downsample, ResBlock, Upsample, norm, recomputed
+from models.layers import Attention, Downsample, ResBlock, Upsample, checkpointed, group_norm
 
-PIXELS_AT_ONCE = 2**20  # encoded or decoded where no gradient is wanted: 4 images of 512x512, 256 of 64x64
+MAX_PIXELS_PER_CHUNK = 2**20  # without gradients: 4 images of 512x512, 256 of 64x64
 
 
 @dataclass
 class Posterior:
-    """A diagonal Gaussian q(z | x): mean and logvar, (B, C, h, w) float32."""
+    """Diagonal Gaussian q(z | x), (B, C, h, w) float32."""
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """By the reparametrisation trick, from standard normal noise (B, C, h, w) or fresh one."""
+        """Reparameterized sample from given or new standard normal noise."""
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, 1)) in nats, per latent element (B, C, h, w); the reduction is the caller's."""
+        """KL(q || N(0, 1)) in nats per latent element, (B, C, h, w), not reduced."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar)
 
 
 class VAE(nn.Module):
-    """Convolutional VAE. widths[i] are the channels at level i; each further level halves the picture.
+    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, latent_channels, H/f, W/f).
 
-    downsampling f = patch · 2^(levels-1): images (B, 3, H, W) in [-1, 1] <-> latents (B, latent_channels, H/f, W/f).
-    `patch` > 1 first folds patch×patch pixels into channels, which makes the costly first level cheap.
-    output "tanh" bounds the decoder to [-1, 1]; "none" leaves it linear.
+    channels           per level; f = patch_size · 2^(levels-1)
+    num_res_blocks     per level
+    attention          self-attention in the bottleneck
+    patch_size         pixel patches are folded into channels, which makes the first level cheaper
+    output_activation  of the decoder: tanh or none
     """
 
     def __init__(
         self,
-        widths: list[int],
-        blocks: int,
+        *,
+        channels: list[int],
+        num_res_blocks: int,
         latent_channels: int,
         attention: bool = False,
-        patch: int = 1,
-        output: str = "none",
+        patch_size: int = 1,
+        output_activation: str = "none",
     ):
         super().__init__()
         self.settings = dict(
-            widths=list(widths),
-            blocks=blocks,
+            channels=list(channels),
+            num_res_blocks=num_res_blocks,
             latent_channels=latent_channels,
             attention=attention,
-            patch=patch,
-            output=output,
+            patch_size=patch_size,
+            output_activation=output_activation,
         )
-        self.downsampling = patch * 2 ** (len(widths) - 1)
-        self.latent_channels, self.patch, self.output = latent_channels, patch, output
-        self.checkpointing = False  # recompute activations in the backward pass
+        self.downsampling = patch_size * 2 ** (len(channels) - 1)
+        self.latent_channels, self.output_activation = latent_channels, output_activation
+        self.grad_checkpointing = False  # recompute activations in the backward pass
+        pixel_channels = 3 * patch_size**2
 
-        # encoder: widths[0] → widths[-1]
-        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)]
-        channels = widths[0]
-        for level, width in enumerate(widths):
+        ch = channels[0]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch_size), nn.Conv2d(pixel_channels, ch, 3, padding=1)]
+        for level, level_channels in enumerate(channels):
             if level > 0:
-                layers.append(Downsample(channels))
-            for _ in range(blocks):
-                layers.append(ResBlock(channels, width))
-                channels = width
-        layers += self._middle(channels, attention)
-        layers += [norm(channels), nn.SiLU(), nn.Conv2d(channels, 2 * latent_channels, 3, padding=1)]
+                layers.append(Downsample(ch))
+            for _ in range(num_res_blocks):
+                layers.append(ResBlock(ch, level_channels))
+                ch = level_channels
+        layers += self._bottleneck(ch, attention)
+        layers += [group_norm(ch), nn.SiLU(), nn.Conv2d(ch, 2 * latent_channels, 3, padding=1)]
         self.encoder = nn.Sequential(*layers)
 
-        # decoder: widths[-1] → widths[0]
-        layers = [nn.Conv2d(latent_channels, channels, 3, padding=1), *self._middle(channels, attention)]
-        for level, width in reversed(list(enumerate(widths))):
-            for _ in range(blocks):
-                layers.append(ResBlock(channels, width))
-                channels = width
+        layers = [nn.Conv2d(latent_channels, ch, 3, padding=1), *self._bottleneck(ch, attention)]
+        for level, level_channels in reversed(list(enumerate(channels))):
+            for _ in range(num_res_blocks):
+                layers.append(ResBlock(ch, level_channels))
+                ch = level_channels
             if level > 0:
-                layers.append(Upsample(channels, widths[level - 1]))
-                channels = widths[level - 1]
-        layers += [norm(channels), nn.SiLU(), nn.Conv2d(channels, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch)]
+                layers.append(Upsample(ch, channels[level - 1]))
+                ch = channels[level - 1]
+        layers += [group_norm(ch), nn.SiLU(), nn.Conv2d(ch, pixel_channels, 3, padding=1), nn.PixelShuffle(patch_size)]
         self.decoder = nn.Sequential(*layers)
 
     @staticmethod
-    def _middle(channels: int, attention: bool) -> list[nn.Module]:
-        return (
-            [ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels)]
-            if attention
-            else [ResBlock(channels, channels)]
-        )
+    def _bottleneck(ch: int, attention: bool) -> list[nn.Module]:
+        if not attention:
+            return [ResBlock(ch, ch)]
+        return [ResBlock(ch, ch), Attention(ch), ResBlock(ch, ch)]
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight of the decoder's last convolution."""
+        """Weight of the decoder's last convolution."""
         return self.decoder[-2].weight
 
     def encode(self, images: Tensor) -> Posterior:
-        """(B, 3, H, W) in [-1, 1] -> q(z | x). H and W are multiples of the down-sampling factor, else ValueError."""
-        if images.shape[-1] % self.downsampling or images.shape[-2] % self.downsampling:
+        """Images (B, 3, H, W) in [-1, 1] -> q(z | x)."""
+        height, width = images.shape[2:]
+        if height % self.downsampling or width % self.downsampling:
             raise ValueError(
-                f"images of {images.shape[-1]}x{images.shape[-2]} do not divide by the down-sampling factor {self.downsampling}"
+                f"image height and width must be multiples of the downsampling factor {self.downsampling} "
+                f"(got {height}x{width})"
             )
-        mean, logvar = self._through(self.encoder, images, images.shape[2] * images.shape[3]).chunk(2, dim=1)
+        mean, logvar = self._apply_in_chunks(self.encoder, images, height * width).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, about in [-1, 1] (exactly so with output "tanh")."""
-        images = self._through(self.decoder, z, z.shape[2] * z.shape[3] * self.downsampling**2)
-        return torch.tanh(images) if self.output == "tanh" else images
+        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, about in [-1, 1] without tanh."""
+        images = self._apply_in_chunks(self.decoder, z, z.shape[2] * z.shape[3] * self.downsampling**2)
+        return torch.tanh(images) if self.output_activation == "tanh" else images
 
-    def _through(self, layers: nn.Sequential, x: Tensor, pixels: int) -> Tensor:
-        """float32. Where no gradient is wanted, images of so many pixels a few at a time: their largest maps would not fit."""
-        parts = [x] if torch.is_grad_enabled() else x.split(max(1, PIXELS_AT_ONCE // pixels))
+    def _apply_in_chunks(self, layers: nn.Sequential, x: Tensor, pixels_per_image: int) -> Tensor:
+        """Apply layers, output float32. Without gradients the batch is split to bound memory."""
+        chunks = [x] if torch.is_grad_enabled() else x.split(max(1, MAX_PIXELS_PER_CHUNK // pixels_per_image))
 
-        def one(part: Tensor) -> Tensor:
-            if not self.checkpointing:
-                return layers(part)
+        def apply(h: Tensor) -> Tensor:
+            if not self.grad_checkpointing:
+                return layers(h)
             for layer in layers:
-                part = recomputed(layer, part)
-            return part
+                h = checkpointed(layer, h)
+            return h
 
-        return torch.cat([one(part).float() for part in parts])
+        return torch.cat([apply(chunk).float() for chunk in chunks])
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
-        """Reconstruction of one posterior sample, and the posterior."""
+        """Return the reconstruction from one posterior sample, and the posterior."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(noise)), posterior
 
 
 def reconstruction_error(kind: str, images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Per-pixel error (B, 3, H, W): "mse" or "l1". Raises KeyError for another kind."""
+    """Per-pixel error (B, 3, H, W), "mse" or "l1"."""
     return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](reconstruction, images, reduction="none")

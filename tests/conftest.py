@@ -1,4 +1,4 @@
-"""Shared by the tests: a tiny experiment in a temporary folder, and pictures made by Pillow."""
+"""Shared fixtures: a tiny experiment in a temporary folder, and image files."""
 
 import sys
 from pathlib import Path
@@ -14,18 +14,18 @@ TINY = """
 name: tiny
 device: cpu
 precision: float32
-data: {source: synthetic_faces, count: 48, image_size: 16}
-vae: {widths: [8, 16], latent_channels: 4, attention: false, perceptual: {net: none}, steps: 6, batch_size: 8, log_every: 2,
-      eval_every: 3, warmup: 2, ema: 0.9}
-diffusion: {widths: [16, 32], blocks: 1, attention: [4], steps: 6, batch_size: 8, log_every: 2, eval_every: 3, warmup: 2,
-            ema: 0.9, sample_images: 4}
+data: {source: synthetic_faces, num_images: 48, image_size: 16}
+vae: {channels: [8, 16], latent_channels: 4, attention: false, perceptual: {net: none}, steps: 6, batch_size: 8, log_every: 2,
+      eval_every: 3, warmup: 2, ema_decay: 0.9}
+diffusion: {channels: [16, 32], num_res_blocks: 1, attn_resolutions: [4], steps: 6, batch_size: 8, log_every: 2, eval_every: 3, warmup: 2,
+            ema_decay: 0.9, sample_images: 4}
 sampling: {sampler: ddim, rows: 2, cols: 3, steps: 4}
 logging: {tensorboard: false}
 """
 
 
 class Experiment:
-    """Runs stages of a tiny experiment in a folder of its own, by their main(argv)."""
+    """A tiny experiment in its own folder. Runs stages by calling their main(argv)."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -51,16 +51,16 @@ def experiment(tmp_path) -> Experiment:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Experiment:
-    """An experiment with its first three stages done; tests that use it must not change its files."""
+    """An experiment after the first three stages. Tests must not change its files."""
     experiment = Experiment(tmp_path_factory.mktemp("trained"))
     experiment.train_all()
     return experiment
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A folder of 20 JPEGs of 40x30, each of one colour."""
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path) -> Path:
+    """A folder of 20 JPEGs of 40x30 pixels, each in one color."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(20):
         Image.new("RGB", (40, 30), (12 * i, 255 - 12 * i, 100)).save(folder / f"{i:02d}.jpg", quality=95)
@@ -72,7 +72,7 @@ def noise_image(seed: int, width: int, height: int) -> Image.Image:
 
 
 class Hostile:
-    """Unpickling this would create a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

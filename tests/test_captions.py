@@ -1,4 +1,4 @@
-"""Captions beside pictures: captions.jsonl, .txt files, COCO's annotations; as folders and as zips."""
+"""Captions stored with images: captions.jsonl, .txt files and COCO annotations, in folders and zips."""
 
 import json
 import zipfile
@@ -6,10 +6,10 @@ import zipfile
 import pytest
 from PIL import Image
 
-from data import load_images
-from lab.errors import UserError
-from lab.settings import load_config
-from sources import HELD_OUT, TRAIN
+from dataset import TRAIN, VAL
+from dataset.image_cache import load_images
+from utils.errors import UserError
+from utils.settings import load_config
 
 
 def settings(tmp_path, path, source="folder"):
@@ -28,99 +28,104 @@ def as_zip(folder):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_jsonl(pictures, tmp_path, zipped):
+def test_jsonl(image_folder, tmp_path, zipped):
     lines = [{"file_name": f"{i:02d}.jpg", "captions": [f"number {i}", " again\n" + str(i)], "split": "val" if i == 3 else "train"} for i in range(20)]  # fmt: skip
     lines[7] = {"file_name": "07.jpg", "text": "seven"}
-    (pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    images = load_images(settings(tmp_path, as_zip(pictures) if zipped else pictures))
+    (image_folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    images = load_images(settings(tmp_path, as_zip(image_folder) if zipped else image_folder))
     assert images.captions[2] == ["number 2", "again 2"] and images.captions[7] == ["seven"]
-    assert (images.split == HELD_OUT).sum() == 1 and images.split[3] == HELD_OUT
+    assert (images.split == VAL).sum() == 1 and images.split[3] == VAL
 
 
-def test_txt_beside_pictures_and_pictures_without(pictures, tmp_path, capsys):
+def test_txt_files_and_images_without_caption(image_folder, tmp_path, capsys):
     for i in range(18):
-        (pictures / f"{i:02d}.txt").write_text(f"number {i}\n\n  twice\n")
-    (pictures / "README.txt").write_text("not a caption")
-    images = load_images(settings(tmp_path, pictures))
+        (image_folder / f"{i:02d}.txt").write_text(f"number {i}\n\n  twice\n")
+    (image_folder / "README.txt").write_text("not a caption")
+    images = load_images(settings(tmp_path, image_folder))
     assert images.captions[4] == ["number 4", "twice"] and images.captions[19] == [""]
-    assert "2 of 20 pictures have no caption" in capsys.readouterr().out
+    assert "2 of 20 images have no caption" in capsys.readouterr().out
 
 
-def test_a_changed_caption_is_read_again(pictures, tmp_path):
+def test_changed_captions_are_read_again(image_folder, tmp_path):
     for text in ("one", "three"):
         for i in range(20):
-            (pictures / f"{i:02d}.txt").write_text(text)
-        assert load_images(settings(tmp_path, pictures)).captions[0] == [text]
+            (image_folder / f"{i:02d}.txt").write_text(text)
+        assert load_images(settings(tmp_path, image_folder)).captions[0] == [text]
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"file_name": "99.jpg", "captions": ["x"]}', r"captions for 99.jpg \(line 2\), which is not there"),
-    ('{"file_name": "01.jpg", "captions": ["x"]', "line 2: not a file_name with its captions"),
-    ('{"captions": ["x"]}', "line 2: not a file_name with its captions"),
+    ('{"file_name": "99.jpg", "captions": ["x"]}', r"captions for 99.jpg \(line 2\), which does not exist"),
+    ('{"file_name": "01.jpg", "captions": ["x"]', "line 2: expected an object with file_name and captions"),
+    ('{"captions": ["x"]}', "line 2: expected an object with file_name and captions"),
 ])  # fmt: skip
-def test_bad_jsonl(pictures, tmp_path, line, message):
-    (pictures / "captions.jsonl").write_text('{"file_name": "00.jpg", "captions": ["a"]}\n' + line)
+def test_bad_jsonl(image_folder, tmp_path, line, message):
+    (image_folder / "captions.jsonl").write_text('{"file_name": "00.jpg", "captions": ["a"]}\n' + line)
     with pytest.raises(UserError, match=message):
-        load_images(settings(tmp_path, pictures))
+        load_images(settings(tmp_path, image_folder))
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """12 training pictures and 3 of validation, as COCO lays them out, with two captions each."""
+    """COCO's layout with 12 training and 3 validation images, with two captions each."""
     folder = tmp_path / "coco"
     (folder / "annotations").mkdir(parents=True)
-    for kind, first, count in (("train2017", 1, 12), ("val2017", 50, 3)):
-        (folder / kind).mkdir()
+    for subset, first, count in (("train2017", 1, 12), ("val2017", 50, 3)):
+        (folder / subset).mkdir()
         names = {i: f"{i:012d}.jpg" for i in range(first, first + count)}
         for i, name in names.items():
-            Image.new("RGB", (20, 16), (i, i, i)).save(folder / kind / name)
+            Image.new("RGB", (20, 16), (i, i, i)).save(folder / subset / name)
         annotations = [{"image_id": i, "id": 10 * i + k, "caption": f"picture {i} {k}\n"} for i in names for k in range(2)]
         images = [{"id": i, "file_name": name, "height": 16, "width": 20} for i, name in names.items()]
-        (folder / "annotations" / f"captions_{kind}.json").write_text(
+        (folder / "annotations" / f"captions_{subset}.json").write_text(
             json.dumps({"images": images, "annotations": annotations})
         )
     return folder
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_coco_as_torchvision_reads_it(coco, tmp_path, zipped):
+def test_coco(coco, tmp_path, zipped):
     images = load_images(settings(tmp_path, as_zip(coco) if zipped else coco, "coco"))
     assert images.captions[0] == ["picture 1 0", "picture 1 1"] and images.captions[13] == ["picture 51 0", "picture 51 1"]
-    assert images.split.tolist() == [TRAIN] * 12 + [HELD_OUT] * 3
+    assert images.split.tolist() == [TRAIN] * 12 + [VAL] * 3
 
 
-def test_coco_without_some_pictures(coco, tmp_path, capsys):
+def test_coco_without_some_images(coco, tmp_path, capsys):
     for path in (coco / "val2017").iterdir():
         path.unlink()
     images = load_images(settings(tmp_path, coco, "coco"))
-    assert "captions_val2017.json none are there; it is left out" in capsys.readouterr().out and len(images.captions) == 12
+    assert (
+        "captions_val2017.json is ignored: none of its images exist" in capsys.readouterr().out
+        and len(images.captions) == 12
+    )
     (coco / "train2017" / f"{5:012d}.jpg").unlink()
     with pytest.raises(
-        UserError, match="captions_train2017.json has captions for train2017/000000000005.jpg, which is not there"
+        UserError, match="captions_train2017.json has captions for train2017/000000000005.jpg, which does not exist"
     ):
         load_images(settings(tmp_path, coco, "coco"))
 
 
-@pytest.mark.parametrize("content, message", [("{", "not as COCO writes it"), ('{"images": []}', "not as COCO writes it")])
+@pytest.mark.parametrize(
+    "content, message", [("{", "is not a COCO caption file"), ('{"images": []}', "is not a COCO caption file")]
+)
 def test_damaged_annotations(coco, tmp_path, content, message):
     (coco / "annotations" / "captions_train2017.json").write_text(content)
     with pytest.raises(UserError, match=message):
         load_images(settings(tmp_path, coco, "coco"))
 
 
-def test_side_files_that_cannot_be_read(pictures, tmp_path):
-    (pictures / "00.txt").write_bytes("a caption".encode("utf-16"))
+def test_unreadable_caption_files(image_folder, tmp_path):
+    (image_folder / "00.txt").write_bytes("a caption".encode("utf-16"))
     with pytest.raises(UserError, match="data.path: 00.txt is not UTF-8"):
-        load_images(settings(tmp_path, pictures))
-    (pictures / "00.txt").write_text("a caption")
-    path = as_zip(pictures)
+        load_images(settings(tmp_path, image_folder))
+    (image_folder / "00.txt").write_text("a caption")
+    path = as_zip(image_folder)
     content = path.read_bytes()
-    place = content.index(b"a caption")
-    path.write_bytes(content[:place] + b"A" + content[place + 1 :])
+    position = content.index(b"a caption")
+    path.write_bytes(content[:position] + b"A" + content[position + 1 :])
     with pytest.raises(UserError, match="data.path: .*00.txt cannot be read"):
         load_images(settings(tmp_path, path))
 
 
-def test_no_annotations(pictures, tmp_path):
+def test_no_annotations(image_folder, tmp_path):
     with pytest.raises(UserError, match="no captions_train"):
-        load_images(settings(tmp_path, pictures, "coco"))
+        load_images(settings(tmp_path, image_folder, "coco"))

@@ -1,14 +1,18 @@
-"""The gallery: what a browser is given, read back by an HTML parser; and by Chromium where there is one."""
+"""The gallery: its HTML, read by a parser and, if installed, by Chromium."""
 
 import json
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image, PngImagePlugin
 
-import gallery
+from tools import gallery
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
 class Page(HTMLParser):
@@ -30,34 +34,47 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def results(trained, tmp_path):
-    """Two grids of the tiny experiment, one with a strip, a page of figures, and a picture that is none of ours."""
+    """Two grids, a strip, a report, and two files that infer.py did not write."""
     folder = tmp_path / "results"
-    for option in ("sampling.strip=2", "sampling.sampler=unipc"):
+    for option in ("sampling.trajectory_frames=2", "sampling.sampler=unipc"):
         assert trained.run("infer", f"results_dir={folder}", option) == 0
     (folder / "tiny_latents.md").write_text("# Latents <of> tiny")
     Image.new("RGB", (8, 8)).save(folder / "holiday.png")
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     return folder
 
 
-def test_every_grid_with_its_settings_and_nothing_from_elsewhere(results, trained):
+def test_page_shows_every_grid_and_nothing_else(results, trained):
     assert gallery.main([str(results), str(trained.folder / "runs")]) == 0
     page = Page(results / "index.html")
-    grids = {"tiny_cosine_ddim_2x3", "tiny_cosine_unipc_2x3"}
-    assert set(page.all("article", "id")) == grids
+    assert set(page.all("article", "id")) == {"tiny_cosine_ddim_2x3", "tiny_cosine_unipc_2x3"}
     sources = page.all("img", "src") + page.all("a", "href")
-    assert all((results / source).is_file() for source in sources) and not any(
-        "//" in s or s.startswith("/") for s in sources
-    )
+    assert all((results / source).is_file() for source in sources)
+    assert not any("//" in source or source.startswith("/") for source in sources)
     assert {"tiny_cosine_ddim_2x3.png", "tiny_cosine_ddim_2x3_strip.gif", "tiny_cosine_curves.png"} <= set(sources)
-    assert "sampling.strip=2" in page.text and "std ratio" in page.text and "# Latents <of> tiny" in page.text
+    assert "sampling.trajectory_frames=2" in page.text and "std ratio" in page.text and "# Latents <of> tiny" in page.text
     assert "holiday" not in page.text and "broken" not in page.text
     assert not page.all("script", "src") and not page.all("link", "href")
 
 
-def test_two_models_of_one_experiment_are_shown_first():
+def test_published_results_are_included(results, trained):
+    published = results / "published"
+    published.mkdir()
+    shutil.copy(results / "tiny_cosine_unipc_2x3.png", published / "50% #1.png")
+    (published / "tiny_loss.md").write_text("# Denoising error")
+    (published / "tiny_cosine_curves.png").write_bytes(b"curves")
+    assert gallery.main([str(results), str(trained.folder / "runs")]) == 0
+    page = Page(results / "index.html")
+    assert "published/50% #1" in page.all("article", "id") and "# Denoising error" in page.text
+    sources = [unquote(source) for source in page.all("img", "src")]
+    assert {"published/50% #1.png", "published/tiny_cosine_curves.png", "tiny_cosine_curves.png"} <= set(sources)
+    assert all((results / source).is_file() for source in sources) and "published/50%25%20%231.png" in page.all("img", "src")
+    assert (published / "tiny_cosine_curves.png").read_bytes() == b"curves"
+
+
+def test_comparison_starts_with_two_models_of_one_experiment():
     def grid(name, schedule, **sampling):
-        return gallery.Grid(None, {"name": name, "diffusion": {"schedule": schedule}, "sampling": sampling}, {}, "", [])
+        return gallery.Grid("x.png", {"name": name, "diffusion": {"schedule": schedule}, "sampling": sampling}, {}, "", [])
 
     others = [grid("a", "cosine", rows=2), grid("a", "cosine", rows=4), grid("b", "linear", rows=4)]
     assert gallery.first_pair(others) == (0, 1)
@@ -77,34 +94,28 @@ def test_text_is_escaped(results):
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
 
 
-def test_an_empty_folder_and_none(tmp_path, capsys):
+def test_empty_and_missing_folders(tmp_path, capsys):
     assert gallery.main([str(tmp_path)]) == 0 and "No grids yet" in (tmp_path / "index.html").read_text()
     assert gallery.main([str(tmp_path / "none")]) == 2 and "is not a folder" in capsys.readouterr().err
 
 
-def test_in_a_browser(results):
-    """Chromium shows both sides of the comparison, which the page's script fills."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium here")
+@needs_chromium
+def test_script_fills_both_sides_of_the_comparison(results):
     gallery.main([str(results), "none"])
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000", (results / "index.html").as_uri()]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    sides = shown.split('class="side"')[1:]
-    assert len(sides) == 2 and all(json.dumps("grid of generated pictures") in side.split("</article>")[0] for side in sides)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000", (results / "index.html").as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    sides = dom.split('class="side"')[1:]
+    assert len(sides) == 2 and all(json.dumps("grid of generated images") in side.split("</article>")[0] for side in sides)
 
 
-def test_nothing_is_wider_than_a_phone(results):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium here")
-    for path in list(results.glob("tiny_cosine_unipc_2x3.png")):
-        shutil.copy(path, results / f"{'a_long_name_without_a_break' * 4}.png")
+@needs_chromium
+def test_page_fits_the_width_of_a_phone(results):
+    shutil.copy(results / "tiny_cosine_unipc_2x3.png", results / f"{'a_long_name_without_a_break' * 4}.png")
     gallery.main([str(results), "none"])
     page = results / "index.html"
-    report = "<script>document.title = document.documentElement.scrollWidth + ' of ' + document.documentElement.clientWidth;</script>"
-    page.write_text(page.read_text().replace("</body>", report + "</body>"))
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom", "--virtual-time-budget=2000", page.as_uri()]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    wide, window = shown.split("<title>")[1].split("</title>")[0].split(" of ")
-    assert int(wide) <= int(window) <= 500
+    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + document.documentElement.clientWidth;</script>"
+    page.write_text(page.read_text().replace("</body>", script + "</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom", "--virtual-time-budget=2000", page.as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    content_width, window_width = dom.split("<title>")[1].split("</title>")[0].split(" of ")
+    assert int(content_width) <= int(window_width) <= 500

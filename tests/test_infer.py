@@ -5,7 +5,7 @@ import pytest
 from conftest import noise_image
 from PIL import Image
 
-from lab import cli
+from utils import cli
 
 WITH = ("sampling.strength=1", "sampling.rows=1", "sampling.cols=3")
 
@@ -65,16 +65,16 @@ def test_a_mask_forgets_what_it_does_not_keep(trained, face, tmp_path):
 
 
 def test_pictures_that_would_be_shown_nowhere(trained, capsys):
-    assert trained.run("infer", "sampling.rows=1", "sampling.cols=2", "sampling.images=3") == 2
-    assert "sampling.images: 3 are more than the grid of 1x2 shows" in capsys.readouterr().err
+    assert trained.run("infer", "sampling.rows=1", "sampling.cols=2", "sampling.num_images=3") == 2
+    assert "sampling.num_images: 3 are more than the grid of 1x2 shows" in capsys.readouterr().err
 
 
 def test_a_grid_of_other_settings_is_kept(trained, capsys):
     path, before = results(trained, "ddim_1x2"), {}
     for seed in (5, 5, 6, 7):
-        assert trained.run("infer", "sampling.rows=1", "sampling.cols=2", "sampling.strip=2", f"sampling.seed={seed}") == 0
+        assert trained.run("infer", "sampling.rows=1", "sampling.cols=2", "sampling.trajectory_frames=2", f"sampling.seed={seed}") == 0
         before[seed] = [path.read_bytes(), path.with_name(path.stem + "_strip.gif").read_bytes()]
-    assert "was made otherwise and is kept as tiny_cosine_ddim_1x2-2.png" in capsys.readouterr().out
+    assert "has other settings or weights and was renamed to tiny_cosine_ddim_1x2-2.png" in capsys.readouterr().out
     for seed, stem in ((5, f"{path.stem}-2"), (6, f"{path.stem}-3"), (7, path.stem)):
         assert before[seed] == [path.with_name(f"{stem}{ending}").read_bytes() for ending in (".png", "_strip.gif")]
     assert not path.with_name(f"{path.stem}-4.png").exists()
@@ -108,9 +108,9 @@ def test_slerp_goes_from_one_seed_to_the_other(trained):
     ((16, 20), False, (), "face.png is 16x20; this model's pictures are 16x16"),
     ((16, 16), True, (), "is black everywhere"),
     ((16, 16), False, ("sampling.image=none.png",), "none.png cannot be read (No such file"),
-    ((16, 16), False, ("sampling.image=null",), "sampling.mask needs a sampling.image"),
-    ((16, 16), False, ("sampling.slerp_to=1",), "exclude each other"),
-    ((16, 16), False, ("sampling.image=null", "sampling.mask=null", "sampling.slerp_to=1", "sampling.eta=0.5"), "adds no noise of its own"),
+    ((16, 16), False, ("sampling.image=null",), "sampling.mask needs sampling.image"),
+    ((16, 16), False, ("sampling.slerp_to=1",), "are mutually exclusive"),
+    ((16, 16), False, ("sampling.image=null", "sampling.mask=null", "sampling.slerp_to=1", "sampling.eta=0.5"), "sampling.slerp_to needs a sampler without added noise"),
 ])  # fmt: skip
 def test_bad_pictures(trained, tmp_path, capsys, size, black, options, message):
     noise_image(0, *size).save(tmp_path / "face.png")

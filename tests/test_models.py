@@ -1,34 +1,37 @@
-"""Networks, losses, EMA: sizes, gradients, closed forms."""
+"""Networks, losses and EMA: sizes, gradients, closed forms."""
 
+import functools
 import math
 
 import pytest
 import torch
 import torchvision.models as zoo
+from conftest import ROOT
 
-from lab.settings import load_config
-from models.latents import Normaliser
-from models.layers import Attention, ResBlock, attend, timestep_embedding
-from models.losses import LPIPS, make_perceptual, perceptual_weights
+from models.kernels import scaled_dot_product_attention
+from models.layers import Attention, ResBlock, timestep_embedding
+from models.normalizer import Normalizer
+from models.perceptual import LPIPS, find_weights, make_perceptual
 from models.schedules import PREDICTIONS, make_schedule
 from models.unet import UNet
 from models.vae import VAE, Posterior
-from train_diffusion import diffusion_loss, draw_timesteps
-from training import EMA, learning_rate, parameters_of
-
-ROOT = __import__("conftest").ROOT
+from train_diffusion import build_unet, diffusion_loss, sample_timesteps
+from train_vae import build_vae
+from training.optim import EMA, learning_rate
+from utils.device import num_params
+from utils.settings import load_config
 
 
 def small_vae(**changes):
-    return VAE(**{**dict(widths=[8, 16], blocks=1, latent_channels=4, attention=True), **changes})
+    return VAE(**{**dict(channels=[8, 16], num_res_blocks=1, latent_channels=4, attention=True), **changes})
 
 
 def small_unet(**changes):
-    return UNet(**{**dict(channels=4, size=8, widths=[16, 32], blocks=1, attention=[4]), **changes})
+    return UNet(**{**dict(in_channels=4, size=8, channels=[16, 32], num_res_blocks=1, attn_resolutions=[4]), **changes})
 
 
-def wake(net):
-    """Move zero-initialised layers off zero: at zero they pass no gradient to what lies before them."""
+def perturb(net):
+    """Move all parameters off their initial values: zero-initialized layers block the gradients of earlier layers."""
     torch.manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
@@ -38,15 +41,17 @@ def wake(net):
 
 def test_sizes_of_celeba64():
     config = load_config(ROOT / "configs" / "celeba64.yaml")
-    v, d = config.vae, config.diffusion
-    vae = VAE(v.widths, v.blocks, v.latent_channels, v.attention, v.patch, v.output)
+    vae = build_vae(config.vae)
     assert vae.downsampling == 4 and vae.latent_channels == 8
-    assert parameters_of(vae) == pytest.approx(2.8e6, rel=0.05)
-    assert parameters_of(UNet(8, 16, d.widths, d.blocks, d.attention, d.head_channels)) == pytest.approx(35e6, rel=0.05)
+    assert num_params(vae) == pytest.approx(2.8e6, rel=0.05)
+    unet = build_unet(config.diffusion, vae.latent_channels, config.data.image_size // vae.downsampling, None)
+    assert unet.settings["in_channels"] == 8 and unet.settings["size"] == 16
+    assert num_params(unet) == pytest.approx(35e6, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    "changes, f", [({}, 2), (dict(patch=2), 4), (dict(widths=[8, 8, 16]), 4), (dict(patch=3, widths=[8]), 3)]
+    "changes, f",
+    [({}, 2), (dict(patch_size=2), 4), (dict(channels=[8, 8, 16]), 4), (dict(patch_size=3, channels=[8]), 3)],
 )
 def test_vae_shapes(changes, f):
     vae = small_vae(**changes)
@@ -56,18 +61,19 @@ def test_vae_shapes(changes, f):
     assert vae.decode(posterior.mean).shape == x.shape
 
 
-def test_vae_refuses_a_size_that_does_not_divide():
-    with pytest.raises(ValueError, match="down-sampling factor 2"):
+def test_vae_rejects_sizes_that_are_not_multiples_of_f():
+    with pytest.raises(ValueError, match=r"multiples of the downsampling factor 2 \(got 15x16\)"):
         small_vae().encode(torch.zeros(1, 3, 15, 16))
 
 
 def test_tanh_bounds_the_decoder():
     z = 100 * torch.randn(2, 4, 4, 4)
-    assert wake(small_vae(output="tanh")).decode(z).abs().max() <= 1 < wake(small_vae()).decode(z).abs().max()
+    assert perturb(small_vae(output_activation="tanh")).decode(z).abs().max() <= 1
+    assert perturb(small_vae()).decode(z).abs().max() > 1
 
 
-def test_kl_in_closed_form():
-    """KL(N(m, s²) || N(0, 1)) against torch.distributions."""
+def test_kl_closed_form():
+    """Against torch.distributions."""
     mean, logvar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     exact = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
@@ -75,14 +81,14 @@ def test_kl_in_closed_form():
     torch.testing.assert_close(Posterior(mean, logvar).kl(), exact)
 
 
-def test_posterior_samples_have_its_moments():
+def test_posterior_sample_moments():
     posterior = Posterior(torch.full((1, 1, 400, 400), 2.0), torch.full((1, 1, 400, 400), -1.0))
     samples = posterior.sample(torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)))
     assert float(samples.mean()) == pytest.approx(2.0, abs=0.01) and float(samples.std()) == pytest.approx(0.6065, abs=0.01)
 
 
 def test_every_parameter_gets_a_gradient():
-    vae, unet = wake(small_vae()), wake(small_unet())
+    vae, unet = perturb(small_vae()), perturb(small_unet())
     x = torch.randn(2, 3, 16, 16)
     y, posterior = vae(x)
     (y.square().mean() + posterior.kl().mean()).backward()
@@ -91,27 +97,27 @@ def test_every_parameter_gets_a_gradient():
         assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-def test_blocks_begin_as_the_identity():
+def test_blocks_start_as_the_identity():
     x = torch.randn(2, 16, 4, 4)
     assert torch.equal(ResBlock(16, 16, emb_dim=8)(x, torch.randn(2, 8)), x)
     assert torch.equal(Attention(16)(x), x)
     assert torch.equal(small_unet()(torch.randn(2, 4, 8, 8), torch.tensor([1, 2])), torch.zeros(2, 4, 8, 8))
 
 
-def test_adaptive_norm_by_hand():
-    """conv2(silu(norm2(conv1(silu(norm1(x)))) (1 + s) + b)) + x, with s and b from the embedding (Dhariwal & Nichol 2021, §3)."""
+def test_adagn_by_hand():
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))) (1 + s) + b)), with s and b from the embedding."""
     torch.manual_seed(0)
-    block, x, emb = wake(ResBlock(8, 8, emb_dim=6)), torch.randn(2, 8, 4, 4), torch.randn(2, 6)
+    block, x, emb = perturb(ResBlock(8, 8, emb_dim=6)), torch.randn(2, 8, 4, 4), torch.randn(2, 6)
     silu = torch.nn.functional.silu
-    s, b = block.emb(silu(emb))[:, :, None, None].split(8, dim=1)
+    s, b = block.modulation(silu(emb))[:, :, None, None].split(8, dim=1)
     h = block.norm2(block.conv1(silu(block.norm1(x)))) * (1 + s) + b
     torch.testing.assert_close(block(x, emb), x + block.conv2(silu(h)))
 
 
 def test_attention_by_hand():
-    """One head, against softmax(q kᵀ / sqrt(d)) v written out."""
+    """One head, against softmax(q kᵀ / sqrt(d)) v."""
     torch.manual_seed(0)
-    layer = wake(Attention(8, head_channels=8)).double()
+    layer = perturb(Attention(8, head_channels=8)).double()
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
     tokens = layer.norm(x).flatten(2).transpose(1, 2)  # (B, 6, 8)
     q, k, v = layer.qkv(tokens).split(8, dim=2)
@@ -119,25 +125,25 @@ def test_attention_by_hand():
     torch.testing.assert_close(layer(x), x + layer.out(attended).transpose(1, 2).view_as(x))
 
 
-def test_attention_in_bf16_is_attention():
-    """Written out for CPUs and fused: the same, with and without a mask, and with the same gradient."""
+def test_bf16_attention_matches_fused_kernel():
+    """Outputs and gradients, with and without a mask."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 16).bfloat16().requires_grad_() for n in (5, 7, 7))
     for mask in (None, torch.tensor([[True] * 7, [True] * 3 + [False] * 4])):
         exact = torch.nn.functional.scaled_dot_product_attention(
             *(x.float() for x in (q, k, v)), None if mask is None else mask[:, None, None]
         )
-        found = attend(q, k, v, mask)
-        torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
+        output = scaled_dot_product_attention(q, k, v, mask)
+        torch.testing.assert_close(output.float(), exact, rtol=0.02, atol=0.02)
         for a, b in zip(
-            torch.autograd.grad(found.float().square().sum(), (q, k, v)),
+            torch.autograd.grad(output.float().square().sum(), (q, k, v)),
             torch.autograd.grad(exact.square().sum(), (q, k, v)),
         ):
             torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
 
 
-def test_unet_knows_the_time():
-    unet = wake(small_unet())
+def test_unet_depends_on_the_timestep():
+    unet = perturb(small_unet())
     z = torch.randn(1, 4, 8, 8)
     assert not torch.allclose(unet(z, torch.tensor([10])), unet(z, torch.tensor([500])))
     emb = timestep_embedding(torch.tensor([0, 3]), 8)
@@ -145,47 +151,61 @@ def test_unet_knows_the_time():
     assert float(emb[1, 4]) == pytest.approx(0.14112, abs=1e-5)  # sin(3)
 
 
-def test_unet_refuses_a_size_it_cannot_halve():
-    with pytest.raises(ValueError, match="cannot be halved"):
-        small_unet(size=6, widths=[16, 16, 16])
+def test_unet_rejects_sizes_it_cannot_halve():
+    with pytest.raises(ValueError, match="latents of 6x6 cannot be halved 2 times"):
+        small_unet(size=6, channels=[16, 16, 16])
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+def test_unet_rejects_an_unknown_bottleneck():
+    with pytest.raises(ValueError, match=r"must be residual or transformer \(got 'conv'\)"):
+        small_unet(bottleneck="conv")
+
+
+def test_settings_rebuild_the_networks():
+    changes = dict(bottleneck="transformer", bottleneck_blocks=2, head_channels=8, dropout=0.1, cross_attn_resolutions=[4])
+    conditioning = dict(kind="words", vocabulary=["dog"], width=8)
+    for net in (small_vae(patch_size=2, output_activation="tanh"), small_unet(conditioning=conditioning, **changes)):
+        copy = type(net)(**net.settings)
+        assert copy.settings == net.settings
+        copy.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow"])
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_the_diffusion_loss_by_hand(schedule, kind):
-    """The mean square of net(alpha_t z + sigma_t eps, t) - target, the net giving back a multiple of what it is given."""
-    table = make_schedule(schedule)
+def test_diffusion_loss_by_hand(name, kind):
+    """Mean square of net(alpha_t z + sigma_t eps, t) - target, with an affine function as the network."""
+    schedule = make_schedule(name)
     z, eps, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 980])
-    loss = diffusion_loss(lambda z_t, t, raw: 0.5 * z_t + t[:, None, None, None], z, eps, t, *table.tables("cpu"), kind)
-    for i, now in enumerate(t.tolist()):
-        alpha, sigma = float(table.alpha(now)), float(table.sigma(now))
-        wanted = {"eps": eps, "v": alpha * eps - sigma * z, "x0": z, "velocity": eps - z}[kind][i]
-        given = 0.5 * (alpha * z[i] + sigma * eps[i]) + now
-        assert float(loss[i]) == pytest.approx(float((given - wanted).square().mean()), rel=1e-4)
+    loss = diffusion_loss(lambda z_t, t, cond: 0.5 * z_t + t[:, None, None, None], z, eps, t, schedule, kind)
+    for i, t_i in enumerate(t.tolist()):
+        alpha, sigma = float(schedule.alpha(t_i)), float(schedule.sigma(t_i))
+        expected = {"eps": eps, "v": alpha * eps - sigma * z, "x0": z, "velocity": eps - z}[kind][i]
+        output = 0.5 * (alpha * z[i] + sigma * eps[i]) + t_i
+        assert float(loss[i]) == pytest.approx(float((output - expected).square().mean()), rel=1e-4)
 
 
-def test_logit_normal_timesteps():
-    """logit(t/T) is N(0, 1) (Esser et al. 2024, §3.1); uniform ones are uniform."""
+def test_timestep_sampling():
+    """logit(t/T) is N(0, 1) (Esser et al. 2024, §3.1), or t/T is uniform."""
     torch.manual_seed(0)
-    drawn = {}
+    samples = {}
     for kind in ("logit_normal", "uniform"):
-        s = load_config(None, [f"diffusion.timestep_sampling={kind}", "diffusion.timesteps=100000"]).diffusion
-        drawn[kind] = (draw_timesteps(s, 100_000, torch.device("cpu")) + 0.5) / s.timesteps
-    logits = drawn["logit_normal"].double().logit()
+        cfg = load_config(None, [f"diffusion.timestep_sampling={kind}", "diffusion.timesteps=100000"]).diffusion
+        samples[kind] = (sample_timesteps(cfg, 100_000, torch.device("cpu")) + 0.5) / cfg.timesteps
+    logits = samples["logit_normal"].double().logit()
     assert float(logits.mean()) == pytest.approx(0.0, abs=0.015) and float(logits.std()) == pytest.approx(1.0, abs=0.01)
-    assert float(drawn["uniform"].mean()) == pytest.approx(0.5, abs=0.005)
-    assert float(drawn["uniform"].std()) == pytest.approx(12**-0.5, abs=0.003)
+    assert float(samples["uniform"].mean()) == pytest.approx(0.5, abs=0.005)
+    assert float(samples["uniform"].std()) == pytest.approx(12**-0.5, abs=0.003)
 
 
 def test_unet_overfits_one_batch():
-    """Fixed latents, noise and timesteps: a network that learns drives the loss to a small part of its start, which is 1."""
+    """With fixed latents, noise and timesteps the loss falls from 1 to below 0.05."""
     torch.manual_seed(0)
-    unet, (alphas, sigmas) = small_unet(widths=[32, 64]), make_schedule("cosine").tables("cpu")
+    unet, schedule = small_unet(channels=[32, 64]), make_schedule("cosine")
     z, eps, t = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 8, 8), torch.linspace(50, 950, 8).long()
     optimizer = torch.optim.AdamW(unet.parameters(), 2e-3)
     first = None
     for _ in range(150):
-        loss = diffusion_loss(unet, z, eps, t, alphas, sigmas, "eps").mean()
+        loss = diffusion_loss(unet, z, eps, t, schedule, "eps").mean()
         first = first if first is not None else loss.item()
         optimizer.zero_grad()
         loss.backward()
@@ -194,22 +214,24 @@ def test_unet_overfits_one_batch():
 
 
 def test_ema_closed_form():
-    """Weights that jump from 0 to 1: after N updates the average is 1 - prod d_n; with d_n = (1+n)/(10+n) that is
-    1 - 9! N! / (N+9)!, with a constant d it is 1 - d^N."""
+    """Weights jump from 0 to 1. After N updates the average is 1 - prod d_n.
+
+    That is 1 - 9! N! / (N+9)! for d_n = (1+n)/(10+n), and 1 - d^N for constant d.
+    """
     net = torch.nn.Linear(1, 1, bias=False)
     net.weight.data.zero_()
-    warmed, capped = EMA(net, 0.9999), EMA(net, 0.1)
+    warming, capped = EMA(net, 0.9999), EMA(net, 0.1)
     net.weight.data.fill_(1.0)
     for n in range(4):
-        warmed.update(n)
+        warming.update(n)
         if n < 3:
             capped.update(n)
     expected = 1 - math.factorial(9) * math.factorial(4) / math.factorial(13)
-    assert warmed.net.weight.item() == pytest.approx(expected, rel=1e-6) and expected < 0.999
+    assert warming.net.weight.item() == pytest.approx(expected, rel=1e-6) and expected < 0.999
     assert capped.net.weight.item() == pytest.approx(1 - 0.1**3, rel=1e-6)
 
 
-def test_ema_zero_is_the_network_itself():
+def test_ema_decay_0_copies_the_network():
     net = torch.nn.Linear(2, 2)
     ema = EMA(net, 0.0)
     net.weight.data.normal_()
@@ -218,67 +240,62 @@ def test_ema_zero_is_the_network_itself():
 
 
 def test_learning_rate():
-    settings = load_config(
-        None, ["diffusion.warmup=10", "diffusion.steps=110", "diffusion.lr=1.0", "diffusion.lr_decay=cosine"]
-    ).diffusion
-    assert learning_rate(settings, 0) == pytest.approx(0.1) and learning_rate(settings, 9) == pytest.approx(1.0)
-    assert learning_rate(settings, 60) == pytest.approx(0.55) and learning_rate(settings, 110) == pytest.approx(0.1)
-    settings = settings.model_copy(update={"max_minutes": 4.0})
-    assert learning_rate(settings, 20, minutes=2.0) == pytest.approx(0.55) and learning_rate(
-        settings, 60, minutes=1.0
-    ) == pytest.approx(0.55)
+    overrides = ["diffusion.warmup=10", "diffusion.steps=110", "diffusion.lr=1.0", "diffusion.lr_decay=cosine"]
+    cfg = load_config(None, overrides).diffusion
+    assert learning_rate(cfg, 0) == pytest.approx(0.1) and learning_rate(cfg, 9) == pytest.approx(1.0)
+    assert learning_rate(cfg, 60) == pytest.approx(0.55) and learning_rate(cfg, 110) == pytest.approx(0.1)
+    cfg = cfg.model_copy(update={"max_minutes": 4.0})
+    assert learning_rate(cfg, 20, minutes=2.0) == pytest.approx(0.55)
+    assert learning_rate(cfg, 60, minutes=1.0) == pytest.approx(0.55)
 
 
 @pytest.mark.parametrize("kind", ["global", "per_channel"])
-def test_normaliser(kind):
+def test_normalizer(kind):
     torch.manual_seed(0)
     latents = (
         torch.randn(500, 3, 4, 4) * torch.tensor([0.5, 2.0, 7.0])[:, None, None]
         + torch.tensor([0.0, 3.0, -1.0])[:, None, None]
     )
-    normaliser = Normaliser.measure(latents, kind)
-    z = normaliser.normalise(latents)
-    torch.testing.assert_close(normaliser.denormalise(z), latents, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(z.std(dim=(0, 2, 3), correction=0), normaliser.std, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(z.mean(dim=(0, 2, 3)), normaliser.mean, rtol=1e-3, atol=1e-4)
-    assert normaliser.overall_std() == pytest.approx(float(z.std()), rel=1e-3) == pytest.approx(1.0, rel=1e-3)
+    normalizer = Normalizer.measure(latents, kind)
+    z = normalizer.normalize(latents)
+    torch.testing.assert_close(normalizer.denormalize(z), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z.std(dim=(0, 2, 3), correction=0), normalizer.std, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z.mean(dim=(0, 2, 3)), normalizer.mean, rtol=1e-3, atol=1e-4)
+    assert normalizer.overall_std() == pytest.approx(float(z.std()), rel=1e-3) == pytest.approx(1.0, rel=1e-3)
     if kind == "global":
-        assert (normaliser.shift == 0).all() and normaliser.scale.unique().numel() == 1
-    assert normaliser.kurtosis.abs().max() < 0.3
-    low, high = normaliser.range()
+        assert (normalizer.shift == 0).all() and normalizer.scale.unique().numel() == 1
+    assert normalizer.kurtosis.abs().max() < 0.3
+    low, high = normalizer.range()
     inside = ((z >= low) & (z <= high)).float().mean()
-    assert 0.999 < inside <= 1 and (normaliser.high < z.amax(dim=(0, 2, 3))).all()
+    assert 0.999 < inside <= 1 and (normalizer.high < z.amax(dim=(0, 2, 3))).all()
 
 
-def test_normaliser_refuses_a_dead_channel():
+def test_normalizer_rejects_a_dead_channel():
     with pytest.raises(ValueError, match="no variance"):
-        Normaliser.measure(torch.zeros(4, 2, 2, 2), "per_channel")
+        Normalizer.measure(torch.zeros(4, 2, 2, 2), "per_channel")
 
 
-# Perceptual distances: the real loading code on backbones with random weights, saved to a file
+# Perceptual distances, with backbones of random weights loaded from files
 
 
 @pytest.fixture(scope="module")
 def backbone_file(tmp_path_factory):
-    """A state dict in torchvision's layout, made once per net."""
-    made = {}
+    """Function that writes a random state dict in torchvision's layout, once per network, and returns its path."""
+    constructors = {"squeeze": zoo.squeezenet1_1, "alex": zoo.alexnet, "vgg": zoo.vgg16, "vgg19": zoo.vgg19}
 
-    def make(net):
-        if net not in made:
-            torch.manual_seed(0)
-            model = {"squeeze": zoo.squeezenet1_1, "alex": zoo.alexnet, "vgg": zoo.vgg16, "vgg19": zoo.vgg19}[net](
-                weights=None
-            )
-            made[net] = tmp_path_factory.mktemp("weights") / f"{net}.pth"
-            torch.save({k: v for k, v in model.state_dict().items() if k.startswith("features.")}, made[net])
-        return made[net]
+    @functools.cache
+    def write(net):
+        torch.manual_seed(0)
+        state, path = constructors[net](weights=None).state_dict(), tmp_path_factory.mktemp("weights") / f"{net}.pth"
+        torch.save({k: v for k, v in state.items() if k.startswith("features.")}, path)
+        return path
 
-    return make
+    return write
 
 
 @pytest.mark.parametrize("net", ["squeeze", "vgg19"])
 def test_perceptual_distance_has_a_gradient(net, backbone_file):
-    distance = make_perceptual(net, perceptual_weights(net, str(backbone_file(net))))
+    distance = make_perceptual(net, find_weights(net, str(backbone_file(net))))
     torch.manual_seed(0)
     x, y = torch.rand(2, 3, 64, 64) * 2 - 1, (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
     d = distance(x, y)
@@ -289,37 +306,33 @@ def test_perceptual_distance_has_a_gradient(net, backbone_file):
     assert torch.equal(distance(x, x), torch.zeros(2))
 
 
-def test_other_weights_are_not_called_lpips(backbone_file):
+def test_title_of_other_weights_is_not_lpips(backbone_file):
     assert "not LPIPS" in make_perceptual("squeeze", backbone_file("squeeze")).title
 
 
 @pytest.mark.parametrize("net", ["squeeze", "alex", "vgg"])
-def test_lpips_is_the_packages(net, backbone_file):
-    """With the package's linear heads (what torchvision's own weights get), the distance is the package's own."""
+def test_lpips_matches_the_package(net, backbone_file):
+    """With the linear heads, which torchvision's own weights use."""
     import lpips
 
     state = torch.load(backbone_file(net), weights_only=True)
     ours = LPIPS(net, state, official=True).eval()
     reference = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
-    wanted = {
-        name.split(".", 1)[1]: name for name in reference.net.state_dict()
-    }  # "slice2.3.weight" is torchvision's features.3.weight
-    reference.net.load_state_dict(
-        {wanted[k.removeprefix("features.")]: v for k, v in state.items() if k.removeprefix("features.") in wanted}
-    )
+    # "slice2.3.weight" is torchvision's "features.3.weight"
+    names = {name.split(".", 1)[1]: name for name in reference.net.state_dict()}
+    state = {k.removeprefix("features."): v for k, v in state.items()}
+    reference.net.load_state_dict({names[k]: v for k, v in state.items() if k in names})
     torch.manual_seed(0)
     x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     assert ours.title == f"LPIPS ({net})"
     torch.testing.assert_close(ours(x, y), reference(x, y).flatten(), rtol=1e-4, atol=1e-7)
-    assert not torch.allclose(
-        ours(x, y), make_perceptual(net, backbone_file(net))(x, y)
-    )  # without heads it is another distance
+    without_heads = make_perceptual(net, backbone_file(net))
+    assert not torch.allclose(ours(x, y), without_heads(x, y))
 
 
-def test_no_nan_gradient_where_features_are_zero(backbone_file):
-    state = {
-        name: torch.full_like(value, -1.0) for name, value in torch.load(backbone_file("squeeze"), weights_only=True).items()
-    }
+def test_no_nan_gradient_if_features_are_zero(backbone_file):
+    state = torch.load(backbone_file("squeeze"), weights_only=True)
+    state = {name: torch.full_like(value, -1.0) for name, value in state.items()}
     y = torch.zeros(1, 3, 64, 64, requires_grad=True)
     distance = LPIPS("squeeze", state, official=True).eval()(torch.ones(1, 3, 64, 64), y)
     distance.sum().backward()
@@ -327,7 +340,7 @@ def test_no_nan_gradient_where_features_are_zero(backbone_file):
 
 
 def test_vgg19_distance_by_hand(backbone_file):
-    """Against the formula written with torchvision's network and hooks."""
+    """Against the formula on slices of torchvision's network."""
     features = zoo.vgg19(weights=None).features.eval()
     features.load_state_dict(
         {k.removeprefix("features."): v for k, v in torch.load(backbone_file("vgg19"), weights_only=True).items()}
@@ -343,27 +356,27 @@ def test_vgg19_distance_by_hand(backbone_file):
     )
 
 
-def test_missing_weights_name_three_ways_out(monkeypatch, tmp_path):
+def test_missing_weights_error_lists_three_remedies(monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(FileNotFoundError) as error:
-        perceptual_weights("vgg", None)
-    for way in ("vgg16-397923af.pth", "vae.perceptual.weights=FILE", "vae.perceptual.net=none"):
-        assert way in str(error.value)
+        find_weights("vgg", None)
+    for remedy in ("vgg16-397923af.pth", "vae.perceptual.weights=FILE", "vae.perceptual.net=none"):
+        assert remedy in str(error.value)
 
 
-def test_weights_in_torchvisions_cache_are_found(monkeypatch, tmp_path):
+def test_weights_in_torchvision_cache(monkeypatch, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     cached = tmp_path / "checkpoints" / "vgg16-397923af.pth"
     cached.write_bytes(b"")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert perceptual_weights("vgg", None) == cached
+    assert find_weights("vgg", None) == cached
 
 
-def test_wrong_weights_are_refused(tmp_path, backbone_file):
+def test_wrong_weights_are_rejected(tmp_path, backbone_file):
     with pytest.raises(ValueError, match="does not hold the weights of vgg19"):
         make_perceptual("vgg19", backbone_file("squeeze"))
     (tmp_path / "junk.pth").write_bytes(b"junk")

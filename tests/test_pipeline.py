@@ -17,12 +17,11 @@ from conftest import Experiment, Hostile
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lab import artifacts, feed, run
-from lab.settings import load_config
-from latent_cache import Encodings
-from latent_diffusion import images_of, load_vae
+from dataset.encodings import LatentDataset
 from models.schedules import make_schedule
 from models.unet import UNet
+from pipeline.latent_diffusion import load_images_for, load_vae
+from utils.settings import load_config
 
 
 def fails(experiment, capsys, stage, *overrides, code=2) -> str:
@@ -44,7 +43,7 @@ def copy_of(trained, tmp_path) -> Experiment:
 
 
 def test_four_stages_leave_what_they_promise(trained, capsys):
-    assert trained.run("infer", "sampling.single_files=true") == 0
+    assert trained.run("infer", "sampling.save_images=true") == 0
     out = capsys.readouterr().out
     assert (
         "calibration: generated/training std" in out
@@ -78,11 +77,11 @@ def test_four_stages_leave_what_they_promise(trained, capsys):
 def test_metrics_have_what_a_reader_needs(trained):
     lines = [json.loads(line) for line in (trained.run_dir / "cosine" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
-    last = [line for line in lines if "held_out/loss" in line][-1]
-    bins = [last[f"held_out/loss_bin{b}"] for b in range(10)]
-    assert last["held_out/loss"] == pytest.approx(sum(bins) / 10) and last["images_seen"] == 48
+    last = [line for line in lines if "val/loss" in line][-1]
+    bins = [last[f"val/loss_bin{b}"] for b in range(10)]
+    assert last["val/loss"] == pytest.approx(sum(bins) / 10) and last["images_seen"] == 48
     vae = [json.loads(line) for line in (trained.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()]
-    assert {"held_out/psnr", "held_out/ssim", "held_out/nats_per_dim"} <= vae[-1].keys()
+    assert {"val/psnr", "val/ssim", "val/nats_per_dim"} <= vae[-1].keys()
 
 
 def test_again_does_nothing_twice(trained, capsys, monkeypatch):
@@ -103,8 +102,8 @@ def test_other_labels_need_new_encodings_and_no_new_vae(trained, tmp_path):
     (path,) = experiment.folder.glob("runs/cache/*/labels.npy")
     np.save(path, 1 - np.load(path).clip(0, 1))
     assert experiment.run("create_encodings") == 0
-    encodings = Encodings.load(experiment.run_dir / "encodings.pt")
-    assert torch.equal(torch.cat([encodings.labels, encodings.held_out_labels]), torch.from_numpy(np.load(path)))
+    encodings = LatentDataset.load(experiment.run_dir / "encodings.pt")
+    assert torch.equal(torch.cat([encodings.labels, encodings.val_labels]), torch.from_numpy(np.load(path)))
 
 
 def test_linear_lives_beside_cosine(trained, tmp_path, capsys):
@@ -135,13 +134,13 @@ def test_dry_run_plans_and_writes_nothing(experiment, capsys):
             "diffusion.weighting=min_snr",
         ),
         ("diffusion.prediction=x0", "diffusion.schedule=scaled_linear"),
-        ("encodings.normalise=per_channel", "encodings.dtype=bfloat16", "data.flip=false", "diffusion.dropout=0.2"),
+        ("encodings.normalization=per_channel", "encodings.dtype=bfloat16", "data.flip=false", "diffusion.dropout=0.2"),
         (
-            "vae.output=tanh",
+            "vae.output_activation=tanh",
             "vae.reconstruction=l1",
             "vae.attention=true",
-            "vae.patch=2",
-            "vae.widths=[8]",
+            "vae.patch_size=2",
+            "vae.channels=[8]",
             "vae.kl_warmup=4",
             "vae.lr_decay=cosine",
         ),
@@ -310,7 +309,7 @@ def test_the_same_picture_in_any_batch_size(trained, tmp_path):
     tensors = load_file(unet)
     torch.manual_seed(0)
     for name, value in tensors.items():  # a U-Net of six steps is nearly zero at its ends: make every layer matter
-        if not name.startswith("normaliser."):
+        if not name.startswith("normalizer."):
             value += 0.05 * torch.randn_like(value)
     artifacts.save_weights(unet, tensors, artifacts.load_weights(unet, "unet", "")[1])
 
@@ -327,7 +326,7 @@ def test_the_same_picture_in_any_batch_size(trained, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun"])
 def test_a_strip_goes_from_noise_to_the_picture(trained, sampler):
-    assert trained.run("infer", "sampling.strip=3", f"sampling.sampler={sampler}") == 0
+    assert trained.run("infer", "sampling.trajectory_frames=3", f"sampling.sampler={sampler}") == 0
     results = trained.folder / "results"
     strip, grid = (np.asarray(Image.open(results / f"tiny_cosine_{sampler}_2x3{end}.png")) for end in ("_strip", ""))
     assert strip.shape == (6 * 18 - 2, 3 * 18 - 2, 3)  # six images, three frames of 16 with a gap of 2
@@ -339,12 +338,12 @@ def test_a_strip_goes_from_noise_to_the_picture(trained, sampler):
 
 
 def test_calibration_by_hand():
-    from calibration import Moments, advice, calibration
-    from lab.settings import load_config
-    from models.latents import Normaliser
+    from models.normalizer import Normalizer
+    from pipeline.latent_stats import Moments, advice, calibration
+    from utils.settings import load_config
 
     torch.manual_seed(0)
-    train = Normaliser.measure(torch.randn(400, 2, 4, 4), "global")
+    train = Normalizer.measure(torch.randn(400, 2, 4, 4), "global")
     moments, z = Moments(2), torch.randn(40, 2, 4, 4) * torch.tensor([1.0, 0.5])[:, None, None]
     for part in z.split(7):
         moments.add(part)
@@ -387,12 +386,12 @@ def test_encodings_of_another_vae(trained, tmp_path, capsys):
 def test_encodings_of_other_settings(trained, tmp_path, capsys):
     experiment = copy_of(trained, tmp_path)
     assert "data.flip was True, now False" in fails(experiment, capsys, "train_diffusion", "data.flip=false")
-    assert experiment.run("create_encodings", "encodings.normalise=per_channel") == 0
+    assert experiment.run("create_encodings", "encodings.normalization=per_channel") == 0
     assert "trained on other encodings" in fails(experiment, capsys, "infer")
 
 
 def test_vae_of_other_images(trained, tmp_path, capsys):
-    assert "trained on other images" in fails(copy_of(trained, tmp_path), capsys, "create_encodings", "data.count=40")
+    assert "trained on other images" in fails(copy_of(trained, tmp_path), capsys, "create_encodings", "data.num_images=40")
 
 
 def test_resuming_with_other_settings(trained, tmp_path, capsys):
@@ -467,7 +466,7 @@ def test_the_vaes_loss_is_the_sum_of_its_parts(experiment, tmp_path):
         parts = line["train/reconstruction"] + 0.3 * line["train/perceptual"] + kl
         assert line["train/loss"] == pytest.approx(parts, rel=1e-4) and line["train/perceptual"] > 0
     last = json.loads((experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["held_out/perceptual"] > 0
+    assert last["val/perceptual"] > 0
 
 
 def test_the_weighted_loss_is_weighted(trained, tmp_path, monkeypatch):
@@ -476,8 +475,8 @@ def test_the_weighted_loss_is_weighted(trained, tmp_path, monkeypatch):
 
     experiment, seen, inner = copy_of(trained, tmp_path), [], train_diffusion.diffusion_loss
 
-    def watched(unet, z, eps, t, alphas, sigmas, prediction, raw=None):
-        loss = inner(unet, z, eps, t, alphas, sigmas, prediction, raw)
+    def watched(unet, z, eps, t, alphas, sigmas, prediction, cond=None):
+        loss = inner(unet, z, eps, t, alphas, sigmas, prediction, cond)
         seen.append((t.clone(), loss.detach().clone()))
         return loss
 
@@ -512,9 +511,9 @@ def test_weights_files_hold_the_average(trained):
 def test_encodings_are_of_the_pictures_and_of_their_mirrors(trained):
     config = load_config(str(trained.config), trained.argv()[1:])
     vae, header = load_vae(config, torch.device("cpu"))
-    images = images_of(config, header)
+    images = load_images_for(config, header)
     stored = torch.load(trained.run_dir / "encodings.pt", weights_only=True)
-    for split, name, mirrored in ((0, "mean", False), (0, "mean_flipped", True), (1, "held_out", False)):
+    for split, name, mirrored in ((0, "mean", False), (0, "mean_flipped", True), (1, "val", False)):
         pixels = images.pixels[images.rows(split)][:, :, :: -1 if mirrored else 1]
         x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2) / 127.5 - 1
         torch.testing.assert_close(stored[name].float(), vae.encode(x).mean, rtol=2e-3, atol=2e-3)
@@ -534,7 +533,7 @@ def test_cuda_where_there_is_none(experiment, capsys):
     "changes",
     [
         (),
-        ("vae.micro_batch=3", "diffusion.micro_batch=3", "vae.checkpointing=true", "diffusion.checkpointing=true"),
+        ("vae.micro_batch=3", "diffusion.micro_batch=3", "vae.grad_checkpointing=true", "diffusion.grad_checkpointing=true"),
         (
             "vae.adversarial.weight=0.1",
             "vae.adversarial.start=2",
@@ -543,7 +542,7 @@ def test_cuda_where_there_is_none(experiment, capsys):
             "diffusion.dropout=0.2",
         ),
         ("diffusion.condition=class", "sampling.guidance=2", "diffusion.bottleneck=transformer"),
-        ("text.encoder=words", "diffusion.condition=text", "diffusion.cross_attention=[4]", "sampling.prompts=[a man]"),
+        ("text.encoder=words", "diffusion.condition=text", "diffusion.cross_attn_resolutions=[4]", "sampling.prompts=[a man]"),
     ],
 )
 def test_four_stages_on_cuda(experiment, capsys, changes):
@@ -556,9 +555,9 @@ def test_four_stages_on_cuda(experiment, capsys, changes):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 def test_feed_that_does_not_fit_on_cuda(monkeypatch):
-    monkeypatch.setattr(feed, "MOST", 0.0)
+    monkeypatch.setattr(feed, "MAX_MEMORY_FRACTION", 0.0)
     array, rows = torch.randint(0, 256, (4000, 64, 64), dtype=torch.uint8), torch.randint(0, 4000, (50, 256))
-    latents = feed.Feed([array[:1000], array[1000:]], torch.device("cuda"))
+    latents = feed.BatchLoader([array[:1000], array[1000:]], torch.device("cuda"))
     for now, then in zip(rows, rows[1:]):
         assert torch.equal(latents.take(now, then).cpu(), array[now])
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models.schedules import make_schedule
-from sampling import Threshold, image_generators, make_denoiser, randn, sample, spacing_for, timesteps
-from solvers import SAMPLERS, beta_std, posterior_std, step_from
+from sampling import Threshold, image_generators, make_denoiser, randn, sample, default_spacing, timesteps
+from solvers import SAMPLERS, beta_std, posterior_std, ddim_mean
 
 LINEAR, COSINE, FLOW = make_schedule("linear"), make_schedule("cosine"), make_schedule("flow")
 
@@ -183,7 +183,7 @@ def test_clean_steps_of_ddim():
                    callback=lambda i, t, z_t, z0: seen.append((t, z_t)))  # fmt: skip
     t, z = seen[3]
     for s in [t for t, _ in seen[4:]] + [-1]:
-        z = step_from(z, gaussian_denoiser(LINEAR)(z, torch.tensor([t])), LINEAR, t, s, 0.0)
+        z = ddim_mean(z, gaussian_denoiser(LINEAR)(z, torch.tensor([t])), LINEAR, t, s, 0.0)
         t = s
     torch.testing.assert_close(mixed, z)
 
@@ -213,7 +213,7 @@ def test_spacings_by_noise_level(spacing, schedule):
         off = lambda t: abs(math.log(level(t) / wanted))
         assert off(t) <= min(off(max(t - 1, 0)), off(min(t + 1, 999))) + 1e-12, (i, t)
     many = timesteps(schedule, 1000, spacing)
-    assert many == sorted(set(many), reverse=True) and 100 < len(many) < 1000  # neighbours that coincide are one step
+    assert many == sorted(set(many), reverse=True) and 100 < len(many) < 1000  # neighbors that coincide are one step
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
@@ -222,8 +222,8 @@ def test_second_order_solvers_want_even_steps_of_log_snr(sampler, schedule):
     """Ten steps to a direction ten times narrower than the data: its std is right to 5 %, with even steps in t wrong by nearly half
     or more (the exact solution as in test_ddim_follows_the_ode)."""
     assert (
-        spacing_for(sampler, schedule) == "logsnr"
-        and spacing_for("ddim", schedule) == spacing_for(sampler, FLOW) == "trailing"
+        default_spacing(sampler, schedule) == "logsnr"
+        and default_spacing("ddim", schedule) == default_spacing(sampler, FLOW) == "trailing"
     )
     off = {}
     for spacing in ("logsnr", "trailing"):

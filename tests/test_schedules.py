@@ -1,4 +1,4 @@
-"""Schedules against values computed by hand, identities, and the independent implementation in diffusers."""
+"""Schedules against values computed by hand, identities, and the implementation in diffusers."""
 
 import math
 
@@ -13,7 +13,7 @@ def test_linear_by_hand():
     assert float(schedule.alphas_cumprod[0]) == pytest.approx(1 - 1e-4, abs=1e-12)
     second_beta = 1e-4 + (0.02 - 1e-4) / 999
     assert float(schedule.alphas_cumprod[1]) == pytest.approx((1 - 1e-4) * (1 - second_beta), abs=1e-12)
-    # log alpha bar_T = sum log(1 - beta_t): the well-known 4.04e-5 of DDPM
+    # log alpha bar_T = sum log(1 - beta_t); 4.04e-5 is DDPM's value
     assert float(schedule.alphas_cumprod[-1]) == pytest.approx(4.036e-5, rel=1e-3)
 
 
@@ -22,17 +22,16 @@ def test_cosine_by_hand():
     f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
     for t in (0, 1, 499, 900, 989):  # entry t holds alpha bar after t+1 steps
         assert float(schedule.alphas_cumprod[t]) == pytest.approx(f(t + 1) / f(0), rel=1e-9)
-    assert float(schedule.alphas_cumprod[-1] / schedule.alphas_cumprod[-2]) == pytest.approx(
-        0.001
-    )  # beta is capped at 0.999
+    last_ratio = float(schedule.alphas_cumprod[-1] / schedule.alphas_cumprod[-2])
+    assert last_ratio == pytest.approx(0.001)  # beta is capped at 0.999
 
 
 def test_scaled_linear_by_hand():
     abar = make_schedule("scaled_linear", 1000).alphas_cumprod
     betas = 1 - abar[1:] / abar[:-1]
     assert 1 - float(abar[0]) == pytest.approx(0.00085) and float(betas[-1]) == pytest.approx(0.012)
-    middle = (math.sqrt(0.00085) + 500 / 999 * (math.sqrt(0.012) - math.sqrt(0.00085))) ** 2
-    assert float(betas[499]) == pytest.approx(middle)
+    beta_499 = (math.sqrt(0.00085) + 500 / 999 * (math.sqrt(0.012) - math.sqrt(0.00085))) ** 2
+    assert float(betas[499]) == pytest.approx(beta_499)
 
 
 def test_flow_by_hand():
@@ -45,13 +44,13 @@ def test_flow_by_hand():
 
 
 @pytest.mark.parametrize(
-    "name, theirs", [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")]
+    "name, diffusers_name", [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")]
 )
-def test_agrees_with_diffusers(name, theirs):
+def test_matches_diffusers(name, diffusers_name):
     diffusers = pytest.importorskip("diffusers")
     betas = dict(beta_start=0.00085, beta_end=0.012) if name == "scaled_linear" else {}
-    reference = diffusers.DDPMScheduler(1000, beta_schedule=theirs, **betas).alphas_cumprod
-    # theirs is a float32 table: cumulative products drift by about 1e-5 of the value
+    reference = diffusers.DDPMScheduler(1000, beta_schedule=diffusers_name, **betas).alphas_cumprod
+    # The reference is float32: its cumulative products drift by a relative 1e-5.
     torch.testing.assert_close(make_schedule(name).alphas_cumprod.float(), reference, rtol=1e-4, atol=1e-8)
 
 
@@ -63,14 +62,31 @@ def test_identities(name, timesteps):
     assert schedule.alphas_cumprod.dtype == torch.float64 and len(schedule.alphas_cumprod) == timesteps
     assert (schedule.alphas_cumprod.diff() < 0).all() and (schedule.alphas_cumprod >= 0).all()
     if name != "flow":
-        one = torch.ones(timesteps, dtype=torch.float64)
-        torch.testing.assert_close(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, one, rtol=1e-12, atol=0)
+        ones = torch.ones(timesteps, dtype=torch.float64)
+        torch.testing.assert_close(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, ones, rtol=1e-12, atol=0)
         abar = schedule.alphas_cumprod
         torch.testing.assert_close(schedule.snr(t), abar / (1 - abar), rtol=1e-9, atol=0)
     torch.testing.assert_close(schedule.alpha(t) ** 2, schedule.alphas_cumprod, rtol=1e-12, atol=0)
     assert float(schedule.alpha(-1)) == 1.0 and float(schedule.sigma(-1)) == 0.0
-    alphas, sigmas = schedule.tables("cpu")
-    assert len(alphas) == len(sigmas) == timesteps and alphas.dtype == torch.float32
+    alpha, sigma = schedule.coefficients(t)
+    assert alpha.shape == sigma.shape == (timesteps, 1, 1, 1)
+    assert torch.equal(alpha.flatten(), schedule.alpha(t).float()) and torch.equal(
+        sigma.flatten(), schedule.sigma(t).float()
+    )
+
+
+def test_add_noise_by_hand():
+    schedule, t = make_schedule("flow", 10), torch.tensor([1, 9, -1])
+    z, eps = torch.full((3, 2, 4, 4), 2.0), torch.full((3, 2, 4, 4), -1.0)
+    z_t = schedule.add_noise(z, eps, t)
+    assert z_t.shape == z.shape and z_t.dtype == torch.float32
+    for value, expected in zip(z_t, (0.8 * 2.0 - 0.2, -1.0, 2.0)):
+        torch.testing.assert_close(value, torch.full_like(value, expected))
+
+
+def test_bins_cover_all_timesteps():
+    bins = make_schedule("linear", 25).bins(4)
+    assert bins == [(0, 5), (6, 11), (12, 17), (18, 24)]
 
 
 def test_bad_input():
@@ -84,7 +100,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize("sigma", [0.8, 0.4], ids=["variance preserving", "flow"])
-def test_prediction_and_back(kind, sigma):
+def test_to_z0_inverts_target(kind, sigma):
     torch.manual_seed(0)
     z, eps = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
     alpha, sigma = torch.tensor(0.6, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
@@ -93,35 +109,34 @@ def test_prediction_and_back(kind, sigma):
 
 
 @pytest.mark.parametrize("name", ["cosine", "flow"])
-def test_min_snr_weights_are_one_loss(name):
-    """All forms weigh the same error of z0: a network off by a fixed dz is off by to_z0's inverse in its own terms."""
+def test_min_snr_weights_of_all_predictions_agree(name):
+    """An error dz in z0 gives the same weighted loss for every prediction type."""
     schedule, t = make_schedule(name), torch.tensor([5, 300, 600, 900])
     alpha, sigma, snr = schedule.alpha(t), schedule.sigma(t), schedule.snr(t)
     torch.manual_seed(0)
     z, eps, dz = torch.randn(3, 4, dtype=torch.float64)
     z_t = alpha * z + sigma * eps
     for kind in PREDICTIONS:
-        off = target(kind, z + dz, (z_t - alpha * (z + dz)) / sigma, alpha, sigma) - target(kind, z, eps, alpha, sigma)
-        torch.testing.assert_close(min_snr_weight(kind, alpha, sigma, 5.0) * off**2, snr.clamp(max=5.0) * dz**2)
+        error = target(kind, z + dz, (z_t - alpha * (z + dz)) / sigma, alpha, sigma) - target(kind, z, eps, alpha, sigma)
+        torch.testing.assert_close(min_snr_weight(kind, alpha, sigma, 5.0) * error**2, snr.clamp(max=5.0) * dz**2)
     torch.testing.assert_close(min_snr_weight("eps", *make_pair(3.0), 5.0), torch.tensor(1.0, dtype=torch.float64))
-    torch.testing.assert_close(
-        min_snr_weight("eps", torch.tensor(0.0), torch.tensor(1.0), 5.0), torch.tensor(1.0)
-    )  # no signal
+    no_signal = torch.tensor(0.0), torch.tensor(1.0)
+    torch.testing.assert_close(min_snr_weight("eps", *no_signal, 5.0), torch.tensor(1.0))
     torch.testing.assert_close(min_snr_weight("eps", *make_pair(20.0), 5.0), torch.tensor(0.25, dtype=torch.float64))
     torch.testing.assert_close(min_snr_weight("v", *make_pair(20.0), 5.0), torch.tensor(5 / 21, dtype=torch.float64))
 
 
 def make_pair(snr):
-    """alpha and sigma of a variance-preserving schedule at this snr."""
+    """Variance-preserving alpha and sigma with this SNR."""
     return torch.tensor(snr / (1 + snr), dtype=torch.float64).sqrt(), torch.tensor(1 / (1 + snr), dtype=torch.float64).sqrt()
 
 
-def test_a_prediction_that_does_not_exist():
+def test_unknown_prediction():
     z = torch.zeros(1)
     for call in (
         lambda: target("epsilon", z, z, z, z),
         lambda: to_z0("epsilon", z, z, z, z),
         lambda: min_snr_weight("epsilon", z, z, 5.0),
     ):
-        with pytest.raises(ValueError, match="'epsilon' does not exist; there are: eps, v, x0, velocity"):
+        with pytest.raises(ValueError, match=r"prediction must be one of eps, v, x0, velocity \(got 'epsilon'\)"):
             call()

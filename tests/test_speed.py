@@ -1,15 +1,15 @@
-"""What saves time or memory must not change the result: recomputed activations, slices, compiled networks, graphs."""
+"""What saves time or memory must not change the result: checkpointed activations, slices, compiled networks, graphs."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_models import small_unet, small_vae, wake
+from test_models import perturb, small_unet, small_vae
 
-import inference
 import models.vae
-import training
+from pipeline import cuda_graphs as inference
+from utils import device as training
 
 CPU = torch.device("cpu")
 
@@ -39,9 +39,9 @@ def gradients_and_bytes_kept(net, *inputs) -> tuple[list, int]:
     (lambda: small_vae(widths=[16, 32], blocks=2), (torch.randn(4, 3, 32, 32), torch.randn(4, 4, 16, 16))),
 ])  # fmt: skip
 def test_recomputed_activations_give_the_same_gradients_for_less_memory(make, inputs):
-    net = wake(make()).train()
+    net = perturb(make()).train()
     whole, kept = gradients_and_bytes_kept(net, *inputs)
-    net.checkpointing = True
+    net.grad_checkpointing = True
     again, kept_then = gradients_and_bytes_kept(net, *inputs)
     torch.testing.assert_close(again, whole)
     assert kept_then < 0.6 * kept
@@ -49,10 +49,10 @@ def test_recomputed_activations_give_the_same_gradients_for_less_memory(make, in
 
 def test_encoding_and_decoding_in_slices(monkeypatch):
     """The same pictures, and never more than so many pixels at once; in training the batch stays whole."""
-    vae, z, sizes = wake(small_vae()), torch.randn(7, 4, 8, 8), []
+    vae, z, sizes = perturb(small_vae()), torch.randn(7, 4, 8, 8), []
     for half in (vae.encoder, vae.decoder):
         half.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    monkeypatch.setattr(models.vae, "PIXELS_AT_ONCE", 3 * 16 * 16)
+    monkeypatch.setattr(models.vae, "MAX_PIXELS_PER_CHUNK", 3 * 16 * 16)
     whole = vae.decode(z)
     with torch.no_grad():
         torch.testing.assert_close(vae.decode(z), whole)
@@ -79,7 +79,7 @@ def tracing(monkeypatch):
 
 def test_compiled_networks_are_the_same_networks(tracing):
     inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 500, 900, 20])
-    net = wake(small_unet())
+    net = perturb(small_unet())
     names, plain = set(net.state_dict()), net(*inputs)
     training.compile_networks(True, CPU, net)
     assert net._compiled_call_impl is not None and set(net.state_dict()) == names
@@ -89,8 +89,8 @@ def test_compiled_networks_are_the_same_networks(tracing):
 
 
 def test_a_compiled_run_is_the_plain_run(experiment, tracing, capsys):
-    """All four stages with compile on, conditions and recomputed activations too; the weights are those of the plain run."""
-    options = ["diffusion.condition=class", "diffusion.labels=[hair_colour]", "vae.checkpointing=true"]
+    """All four stages with compile on, conditions and checkpointed activations too; the weights are those of the plain run."""
+    options = ["diffusion.condition=class", "diffusion.labels=[hair_color]", "vae.grad_checkpointing=true"]
     experiment.train_all(*options)
     plain = {file: (experiment.run_dir / file).read_bytes() for file in ("vae/vae.safetensors", "cosine/unet.safetensors")}
     experiment.train_all(*options, "compile=true", "name=compiled")
@@ -111,7 +111,7 @@ def test_a_compiled_run_is_the_plain_run(experiment, tracing, capsys):
 def test_the_adaptive_weight_with_compiled_networks(experiment, tracing, checkpointing):
     """It goes back through the loss twice, which what is compiled must allow."""
     options = ["vae.adversarial.weight=0.5", "vae.adversarial.start=0", "vae.adversarial.width=8", "data.image_size=32"]
-    assert experiment.run("train_vae", *options, "compile=true", f"vae.checkpointing={checkpointing}", "vae.steps=2") == 0
+    assert experiment.run("train_vae", *options, "compile=true", f"vae.grad_checkpointing={checkpointing}", "vae.steps=2") == 0
     assert len(tracing) > 5  # the encoder's layers
 
 
@@ -127,13 +127,13 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     training.missing_compiler.cache_clear()
     assert net._compiled_call_impl is None
     assert capsys.readouterr().out == (
-        "note: nothing is compiled, as torch.compile fails here: Cannot find a working triton installation.\n"
+        "note: nothing is compiled because torch.compile fails: Cannot find a working triton installation.\n"
     )
 
 
 def test_weights_cast_once_are_those_that_autocast_casts_every_time():
     conditioning = dict(kind="words", vocabulary=["a", "b"], width=16, max_words=4)
-    net = wake(small_unet(conditioning=conditioning, cross_attention=[8], bottleneck="transformer")).eval()
+    net = perturb(small_unet(conditioning=conditioning, cross_attention=[8], bottleneck="transformer")).eval()
     inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 500, 900, 20]), (torch.tensor([[1, 3, 4, 0, 0]] * 4),)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         plain = net(*inputs)
@@ -142,7 +142,7 @@ def test_weights_cast_once_are_those_that_autocast_casts_every_time():
     assert net.conv_in.weight.dtype == torch.bfloat16 and net.norm_out.weight.dtype == torch.float32
 
 
-class ReplayedEagerly(inference.Graphed):
+class ReplayedEagerly(inference.GraphedForward):
     """What a CUDA graph does, without one: replay reads the inputs of the capture and writes over its output."""
 
     def _capture(self, inputs):
@@ -160,7 +160,7 @@ def check_graphed(graphed, net, device):
 
 
 def test_a_graph_is_the_network_for_every_input():
-    net = wake(small_unet()).eval()
+    net = perturb(small_unet()).eval()
     check_graphed(ReplayedEagerly(net), net, CPU)
 
 
@@ -170,7 +170,7 @@ def test_a_graph_is_the_network_for_every_input():
 def test_a_graph_that_is_not_the_network_is_not_used(replayed, capsys):
     """An empty one, one that reads the capture's inputs for ever, and one that is off by 5 %."""
 
-    class Wrong(inference.Graphed):
+    class Wrong(inference.GraphedForward):
         def _capture(self, inputs):
             (z,), z_0, output = [x.clone() for x in inputs], inputs[0].clone(), torch.empty_like(inputs[0])
 
@@ -187,9 +187,9 @@ def test_a_graph_that_is_not_the_network_is_not_used(replayed, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 def test_a_graph_on_cuda():
-    net = wake(small_unet()).to("cuda", memory_format=torch.channels_last).eval().requires_grad_(False)
-    check_graphed(inference.Graphed(net), net, torch.device("cuda"))
-    graphed = inference.Graphed(net)
+    net = perturb(small_unet()).to("cuda", memory_format=torch.channels_last).eval().requires_grad_(False)
+    check_graphed(inference.GraphedForward(net), net, torch.device("cuda"))
+    graphed = inference.GraphedForward(net)
     inference.cast_weights(net, torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):  # as make_denoiser calls it
         check_graphed(graphed, net, torch.device("cuda"))
@@ -204,8 +204,8 @@ def test_without_a_graph_one_line_says_so(monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("no graphs on this device\nmore\nlines")
 
-    monkeypatch.setattr(inference.Graphed, "_capture", fails)
-    graphed = inference.Graphed(lambda x: 2 * x)
+    monkeypatch.setattr(inference.GraphedForward, "_capture", fails)
+    graphed = inference.GraphedForward(lambda x: 2 * x)
     assert [float(graphed(torch.tensor(x))) for x in (1.0, 2.0)] == [2.0, 4.0]
     assert capsys.readouterr().out == "note: sampling without a CUDA graph (no graphs on this device)\n"
 

@@ -98,13 +98,13 @@ def test_strength_is_the_share_of_the_steps_made():
             even, found = timesteps(COSINE, 20, strength=strength), timesteps(COSINE, 20, spacing, strength=strength)
             assert found[0] == even[0] and len(found) == len(even) and found[-1] == 0
     seen = []
-    sample(UNCOND, noise(), LINEAR, "ddim", 20, start=noise(4, 1), strength=0.25, callback=lambda i, t, *_: seen.append(t))
+    sample(UNCOND, noise(), LINEAR, "ddim", 20, init_latents=noise(4, 1), strength=0.25, callback=lambda i, t, *_: seen.append(t))
     assert seen == timesteps(LINEAR, 20)[15:]
 
 
 def test_starts_from_the_picture_at_its_noise_level():
     start, eps, seen = noise(4, 1), noise(4, 2), []
-    sample(UNCOND, eps, LINEAR, "ddim", 20, start=start, strength=0.5, callback=lambda i, t, z_t, z0: seen.append((t, z_t)))
+    sample(UNCOND, eps, LINEAR, "ddim", 20, init_latents=start, strength=0.5, callback=lambda i, t, z_t, z0: seen.append((t, z_t)))
     t, z_t = seen[0]
     torch.testing.assert_close(z_t, float(LINEAR.alpha(t)) * start + float(LINEAR.sigma(t)) * eps)
 
@@ -113,12 +113,12 @@ def test_less_strength_stays_nearer():
     """The ODE of a unit Gaussian leaves z_t as it is: what is left of the picture is alpha of it, and sigma of noise."""
     for strength in (0.1, 0.4):
         alpha, sigma = (float(f(timesteps(LINEAR, 40, strength=strength)[0])) for f in (LINEAR.alpha, LINEAR.sigma))
-        z = sample(UNCOND, noise(64), LINEAR, "dpmpp_2m", 40, start=noise(64, 1), strength=strength)
+        z = sample(UNCOND, noise(64), LINEAR, "dpmpp_2m", 40, init_latents=noise(64, 1), strength=strength)
         assert float((z - noise(64, 1)).std()) == pytest.approx(((1 - alpha) ** 2 + sigma**2) ** 0.5, rel=0.06)
 
 
 def test_full_strength_forgets_the_picture():
-    with_it = sample(UNCOND, noise(), LINEAR, "ddim", 10, start=noise(4, 1), strength=1.0)
+    with_it = sample(UNCOND, noise(), LINEAR, "ddim", 10, init_latents=noise(4, 1), strength=1.0)
     assert torch.equal(with_it, sample(UNCOND, noise(), LINEAR, "ddim", 10))
 
 
@@ -129,7 +129,7 @@ def test_what_the_mask_keeps_is_kept(name):
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 2:] = 1
     z = sample(
-        UNCOND, noise(256), LINEAR, name, 20, start=start, mask=mask, eta=1.0, generator=torch.Generator().manual_seed(7),
+        UNCOND, noise(256), LINEAR, name, 20, init_latents=start, mask=mask, eta=1.0, generator=torch.Generator().manual_seed(7),
         callback=lambda i, t, z_t, z0: seen.append((t, z_t)),
     )  # fmt: skip
     assert torch.equal(z[..., :2], start[..., :2]) and not torch.isclose(z[..., 2:], start[..., 2:]).all()
@@ -150,18 +150,18 @@ def test_outside_the_mask_knows_what_is_kept():
     start[..., 2:] = start[..., :2]
     mask[2:] = 1
     z = sample(
-        twins, noise(64), LINEAR, "ancestral", 500, start=start, mask=mask, generator=torch.Generator().manual_seed(0)
+        twins, noise(64), LINEAR, "ancestral", 500, init_latents=start, mask=mask, generator=torch.Generator().manual_seed(0)
     )
     drawn, kept = z[..., 2:], start[..., :2]
     assert torch.corrcoef(torch.stack([drawn.flatten(), kept.flatten()]))[0, 1] > 0.6
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(start=torch.zeros(4, 2, 8, 8)), "latents to start from are"),
-    (dict(start=torch.zeros(4, 2, 4, 4), mask=torch.zeros(3, 3)), "does not broadcast"),
+    (dict(init_latents=torch.zeros(4, 2, 8, 8)), "latents to start from are"),
+    (dict(init_latents=torch.zeros(4, 2, 4, 4), mask=torch.zeros(3, 3)), "does not broadcast"),
     (dict(mask=torch.zeros(4, 4)), "needs clean latents"),
-    (dict(start=torch.zeros(4, 2, 4, 4), strength=0.0), "strength is more than 0"),
-    (dict(start=torch.zeros(4, 2, 4, 4), strength=1.1), "strength is more than 0"),
+    (dict(init_latents=torch.zeros(4, 2, 4, 4), strength=0.0), "strength is more than 0"),
+    (dict(init_latents=torch.zeros(4, 2, 4, 4), strength=1.1), "strength is more than 0"),
 ])  # fmt: skip
 def test_bad_starts(options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,152 @@
+"""Conditions (labels, captions) of training and validation images."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from config import Config
+from dataset import VAL, evenly_spaced
+from dataset.encodings import LatentDataset
+from models.conditioning import Cond, Conditioner, LabelEmbedder, TextEmbedder, WordEncoder, split_words
+from utils.errors import UserError
+
+MIN_WORD_COUNT = 2  # rarer words are treated as unknown
+MAX_VOCABULARY = 10_000  # also the maximum number of word pairs
+REMEDY = (
+    "run create_encodings.py with the original data.* and text.* settings, or train_diffusion.py with another diffusion.name"
+)
+
+
+@dataclass
+class Conditions:
+    """Conditions of a set of images."""
+
+    gather: Callable[[Tensor], Cond]  # CPU indices (B,) -> conditions on the device; random captions
+    fingerprint: str  # of the labels or captions
+
+
+def conditioning_settings(config: Config, dataset: LatentDataset) -> dict | None:
+    """Return the arguments of make_conditioner(); None if diffusion.condition=none."""
+    cfg, path = config.diffusion, config.run_dir / "encodings.pt"
+    if cfg.condition == "none":
+        return None
+    if cfg.condition == "class":
+        if dataset.labels is None:
+            raise UserError(f"diffusion.condition=class: the images of {path} have no labels")
+        names = dataset.label_names
+        unknown = [name for name in cfg.labels or [] if name not in names]
+        if unknown:
+            raise UserError(f"diffusion.labels: unknown label {unknown[0]!r}; {path} has: {', '.join(names)}")
+        return {"kind": "labels", "names": {name: names[name] for name in cfg.labels or names}}
+    if dataset.captions is None:
+        raise UserError(f"diffusion.condition=text: the images of {path} have no captions")
+    if config.text.encoder == "words":
+        vocabulary, pairs = build_vocabulary(dataset.captions)
+        if not vocabulary:
+            raise UserError(f"text.encoder=words: no word occurs in at least {MIN_WORD_COUNT} captions of {path}")
+        num_long = sum(len(split_words(text)) > config.text.max_words for text in chain.from_iterable(dataset.captions))
+        if num_long:
+            print(f"note: {num_long:,} captions are longer than text.max_words={config.text.max_words} and are truncated")
+        sizes = dict(width=config.text.width, layers=config.text.layers, max_words=config.text.max_words)
+        return dict(kind="words", vocabulary=vocabulary, pairs=pairs, **sizes)
+    text = dataset.text
+    return dict(
+        kind="text", model=text.model, fingerprint=text.fingerprint, token_dim=text.dim, null_length=len(text.null())
+    )
+
+
+def build_vocabulary(captions: list[list[str]]) -> tuple[list[str], list[str]]:
+    """Return the most frequent words and pairs of adjacent words ("red shirt"), both sorted alphabetically."""
+    word_counts, pair_counts = Counter(), Counter()
+    for caption in chain.from_iterable(captions):
+        words = split_words(caption)
+        word_counts.update(set(words))
+        pair_counts.update(set(pairwise(words)))
+    vocabulary = _most_frequent(word_counts)
+    known = set(vocabulary)
+    return vocabulary, [f"{a} {b}" for a, b in _most_frequent(pair_counts) if a in known and b in known]
+
+
+def _most_frequent(counts: Counter) -> list:
+    items = sorted((item for item, n in counts.items() if n >= MIN_WORD_COUNT), key=lambda item: (-counts[item], item))
+    return sorted(items[:MAX_VOCABULARY])
+
+
+def conditions_for_split(conditioner: Conditioner, dataset: LatentDataset, split: int, device: torch.device) -> Conditions:
+    """Return the conditions of TRAIN or VAL images; the dataset must match that of training."""
+    if isinstance(conditioner, LabelEmbedder):
+        for name, values in conditioner.names.items():
+            if dataset.label_names.get(name) != values:
+                dataset_values = ", ".join(dataset.label_names.get(name, ["no such label"])[:10])
+                raise UserError(
+                    f"the labels of encodings.pt differ from those the model was trained with "
+                    f"({name}: {dataset_values}): {REMEDY}"
+                )
+        columns = [list(dataset.label_names).index(name) for name in conditioner.names]
+        return _label_conditions((dataset.val_labels if split == VAL else dataset.labels)[:, columns], device)
+    captions = dataset.val_captions if split == VAL else dataset.captions
+    if captions is None:
+        raise UserError(f"encodings.pt holds no captions, but the model was trained with captions: {REMEDY}")
+    if isinstance(conditioner, WordEncoder):
+        return _caption_conditions(captions, _word_token_ids(conditioner, captions, device))
+    if dataset.text is None or dataset.text.fingerprint != conditioner.fingerprint:
+        encoder = dataset.text.model if dataset.text else "no text encoder"
+        raise UserError(
+            f"the captions of encodings.pt were embedded by {encoder}, "
+            f"but the model was trained with {conditioner.model}: {REMEDY}"
+        )
+    offset = sum(map(len, dataset.captions)) if split == VAL else 0
+    return _caption_conditions(captions, lambda i: dataset.text.tokens(i + offset, device))
+
+
+def val_conditions(conditioner: Conditioner | None, dataset: LatentDataset, n: int, device: torch.device) -> Cond:
+    """Return the conditions of n evenly spaced (if needed, repeated) validation images; () if unconditional.
+
+    The choice of captions is the same in every call.
+    """
+    if conditioner is None:
+        return ()
+    rows = evenly_spaced(torch.arange(len(dataset.val_mean)), n)
+    rows = rows[torch.arange(n) % len(rows)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return conditions_for_split(conditioner, dataset, VAL, device).gather(rows)
+
+
+def _label_conditions(labels: Tensor, device: torch.device) -> Conditions:
+    device_labels = labels.to(device)
+    fingerprint = hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return Conditions(lambda rows: (device_labels[rows.to(device, non_blocking=True)],), fingerprint)
+
+
+def _word_token_ids(conditioner: WordEncoder, captions: list[list[str]], device: torch.device) -> Callable[[Tensor], Cond]:
+    token_ids = conditioner.encode(list(chain.from_iterable(captions)))[0]
+    max_length = int((token_ids != WordEncoder.PADDING).sum(dim=1).max())
+    token_ids = token_ids[:, :max_length].to(device)
+    return lambda i: (token_ids[i.to(device, non_blocking=True)],)
+
+
+def _caption_conditions(captions: list[list[str]], look_up: Callable[[Tensor], Cond]) -> Conditions:
+    """`look_up` maps indices into the flat list of captions to conditions."""
+    counts = torch.tensor([len(image_captions) for image_captions in captions])
+    starts = counts.cumsum(0) - counts
+
+    def gather(rows: Tensor) -> Cond:
+        return look_up(starts[rows] + (torch.rand(len(rows)) * counts[rows]).long())
+
+    return Conditions(gather, hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16])
+
+
+def describe(conditioner: Conditioner) -> str:
+    if isinstance(conditioner, LabelEmbedder):
+        return f"conditioned on {', '.join(f'{name} ({len(values)})' for name, values in conditioner.names.items())}"
+    if isinstance(conditioner, WordEncoder):
+        return f"conditioned on captions, vocabulary of {len(conditioner.vocabulary):,} words"
+    assert isinstance(conditioner, TextEmbedder)
+    return f"conditioned on captions, embedded by {conditioner.model}"

@@ -1,0 +1,121 @@
+"""encodings.pt: the latents, labels and captions that the U-Net is trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import Config
+from dataset.loader import BatchLoader
+from dataset.text_encoder import TextEncoder
+from models.normalizer import Normalizer
+from utils.checkpoints import fingerprint, load_tensors, save_tensors
+from utils.errors import UserError
+
+OPTIONAL = ("mean_flipped", "labels", "val_labels", "captions", "val_captions", "text")
+TEXT_FIELDS = ("model", "fingerprint", "values", "lengths")
+
+
+@dataclass
+class CaptionEmbeddings:
+    """Token embeddings of M captions, concatenated without padding. The last caption is empty."""
+
+    model: str  # name or folder of the text encoder
+    fingerprint: str  # of the text encoder's weights
+    values: Tensor  # (sum of lengths, D) float16
+    lengths: Tensor  # (M,) int64
+
+    def __post_init__(self):
+        self._starts = self.lengths.cumsum(0) - self.lengths
+        self._max_length = int(self.lengths.max())
+        self._loader: BatchLoader | None = None
+
+    @classmethod
+    def from_encoder(cls, encoder: TextEncoder, embeddings: list[Tensor]) -> "CaptionEmbeddings":
+        """Concatenate the (L_i, D) outputs of encoder.encode()."""
+        values, lengths = torch.cat(embeddings).half(), torch.tensor([len(e) for e in embeddings])
+        return cls(encoder.model, encoder.fingerprint, values, lengths)
+
+    @property
+    def dim(self) -> int:
+        return self.values.shape[1]
+
+    def loader(self, device: torch.device) -> BatchLoader:
+        """Return a loader that tokens() uses from now on."""
+        self._loader = BatchLoader([self.values], device)
+        return self._loader
+
+    def null(self) -> Tensor:
+        """Return the empty caption, (L, D) float32."""
+        return self.values[int(self._starts[-1]) :].float()
+
+    def tokens(self, i: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return tokens (B, L, D) float32 and mask (B, L) of captions i (B,), zero-padded to the longest caption."""
+        positions = torch.arange(self._max_length)
+        mask = positions < self.lengths[i, None]
+        rows = torch.where(mask, self._starts[i, None] + positions, 0)
+        tokens = self._loader.batch(rows) if self._loader else self.values[rows].to(device)
+        mask = mask.to(device, non_blocking=True)
+        return tokens.float() * mask[:, :, None], mask
+
+
+@dataclass
+class LatentDataset:
+    """VAE means of training and validation images, with labels, captions and provenance."""
+
+    mean: Tensor  # (N, C, h, w) float16 or bfloat16, not normalized
+    mean_flipped: Tensor | None  # of mirrored images, which differ from mirrored latents
+    val_mean: Tensor  # (M, C, h, w)
+    normalizer: Normalizer
+    labels: Tensor | None  # (N, K)
+    val_labels: Tensor | None  # (M, K)
+    label_names: dict[str, list[str]]
+    captions: list[list[str]] | None  # at least one per training image
+    val_captions: list[list[str]] | None
+    text: CaptionEmbeddings | None  # of training, validation and empty captions, in this order
+    vae_fingerprint: str
+    data_fingerprint: str
+
+    def differences(self, config: Config) -> list[str]:
+        """Describe the settings that differ from those of this dataset."""
+        normalization = "global" if (self.normalizer.shift == 0).all() else "per_channel"
+        settings = {  # name -> (of this dataset, of config)
+            "encodings.normalization": (normalization, config.encodings.normalization),
+            "encodings.dtype": (str(self.mean.dtype).removeprefix("torch."), config.encodings.dtype),
+            "data.flip": (self.mean_flipped is not None, config.data.flip),
+        }
+        if config.text.encoder == "clip" and self.captions is not None:
+            settings["text.encoder"] = ("clip" if self.text else "none", "clip")  # text.fingerprint identifies the model
+        return [f"{name} was {old}, now {new}" for name, (old, new) in settings.items() if old != new]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifier of VAE, images and normalizer, all that a U-Net depends on."""
+        return f"{self.vae_fingerprint}-{self.data_fingerprint}-{fingerprint(self.normalizer.state_dict())}"
+
+    def save(self, path: Path) -> None:
+        content = {k: v for k, v in vars(self).items() if k not in ("normalizer", "text") and v is not None}
+        if self.text is not None:
+            content["text"] = {k: getattr(self.text, k) for k in TEXT_FIELDS}
+        save_tensors(path, {"kind": "encodings", **content, **self.normalizer.state_dict("normalizer.")})
+
+    @classmethod
+    def load(cls, path: Path) -> "LatentDataset":
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: run create_encodings.py first")
+        remedy = "remove it and run create_encodings.py again"
+        content = load_tensors(path, remedy, mmap=True)
+        if content.pop("kind", None) != "encodings":
+            raise UserError(f"{path} is not an encodings file: {remedy}")
+        try:
+            normalizer = Normalizer.from_state_dict(content, "normalizer.")
+            fields = {k: v for k, v in content.items() if not k.startswith("normalizer.")}
+            optional = {k: fields.get(k) for k in OPTIONAL}
+            if optional["captions"] and isinstance(optional["captions"][0], str):
+                raise TypeError("one caption per image")
+            if optional["text"] is not None:
+                optional["text"] = CaptionEmbeddings(**optional["text"])
+            return cls(normalizer=normalizer, **{**fields, **optional})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} was written by another version ({error}): {remedy}") from None

@@ -1,0 +1,202 @@
+"""evaluation.task=generation: distances of generated from training images, and memorization."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from config import Config, SamplingConfig
+from dataset import TRAIN, evenly_spaced
+from dataset.conditions import val_conditions
+from dataset.image_cache import Images
+from dataset.sources import crop_name
+from evaluation.features import Features, frechet, kid, make_features, precision_recall
+from evaluation.reconstruction import reconstruct, val_pixels
+from evaluation.reports import markdown_table, print_plan, weights_origin, write_report
+from models.conditioning import Cond
+from pipeline.generate import OutputSpec
+from pipeline.latent_diffusion import LatentDiffusion
+from pipeline.stage_files import load_encodings, load_images_for
+from utils.checkpoints import load_tensors, save_tensors
+from utils.device import pick_device, pick_precision
+from utils.images import image_grid, save_png
+
+NEAREST_IMAGES = 12  # generated images in nearest_grid()
+NUM_NEIGHBORS = 3  # training images per generated image
+NEAR_QUANTILE = 0.01
+
+
+def run(config: Config, dry_run: bool) -> None:
+    cfg, sampling, device = config.evaluation, config.sampling, pick_device(config.device)
+    dtype, num_images = pick_precision(cfg.precision, device), cfg.num_generated or cfg.num_images
+    model = LatentDiffusion.load(config, device, dtype)
+    model.timesteps(sampling)  # checks the settings
+    encodings = load_encodings(model.vae, config) if model.unet.conditioner else None
+    features = make_features(cfg.features, cfg.weights, device)
+    guidance = f"_w{sampling.guidance:g}" if sampling.guidance != 1 else ""
+    name = f"{config.name}_{config.diffusion_name}_{sampling.sampler}{sampling.steps}{guidance}_generation"
+    summary = f"{num_images:,} images by {sampling.sampler} with {sampling.steps} steps, features of {features.name}"
+    print_plan(config, summary, device, dtype, [f"{name}.md", f"{name}_nearest.png"])
+    if dry_run:
+        return
+
+    images = load_images_for(config, model.checkpoint.vae_metadata)
+    val = val_pixels(images, num_images)
+    train_rows = images.rows(TRAIN, cfg.num_reference)
+    train_features = training_features(config, images, features, train_rows)
+    cond = val_conditions(model.unet.conditioner, encodings, num_images, device)
+    generated, stats = generate_images(model, sampling, cond, num_images)
+    reconstructed = reconstruct(model.vae, val, cfg.batch_size, device, dtype)
+    generated_features, val_features, reconstructed_features = (
+        features(pixels, cfg.batch_size) for pixels in (generated, val, reconstructed)
+    )
+    # Distances depend on the number of images: compare sets of one size.
+    sets = {
+        "generated": evenly_spaced(generated_features, len(val)),
+        "validation images": val_features,
+        "validation images, reconstructed by the VAE": reconstructed_features,
+    }
+    if len(generated) > len(val):
+        sets["generated, all"] = generated_features
+    distances = [Distance.measure(label, set_features, train_features) for label, set_features in sets.items()]
+    if config.data.flip:  # the U-Net has seen mirrored images
+        mirrored = training_features(config, images, features, train_rows, mirrored=True)
+        train_features = torch.cat([train_features, mirrored])
+    # Compared with reconstructions, because the blur of the VAE alone changes distances.
+    memorization = Memorization.measure(generated_features, reconstructed_features, train_features)
+
+    num_train = f"{len(train_rows):,} training images"
+    small_set = small_set_note(len(val), train_features.shape[1])
+    paragraphs = [
+        f"# Generated images of {config.name}, {config.diffusion_name}: {sampling.sampler}, {sampling.steps} steps, "
+        f"spacing {model.spacing(sampling)}, guidance {sampling.guidance:g}",
+        f"Compared with {len(train_rows):,} of {len(images.rows(TRAIN)):,} training images, not mirrored "
+        f"({config.data.source}, crop {crop_name(config.data)}, {config.data.image_size} px), "
+        f"in features of **{features.name}**.{small_set}",
+        f"Conditions of {min(num_images, len(encodings.val_mean)):,} validation images." if cond else "Unconditional.",
+        markdown_table(DISTANCE_HEADER, [distance.cells() for distance in distances]),
+        f"Latents: generated/training std {stats['std_ratio']:.3f} overall, {stats['worst_channel_ratio']:.3f} in the worst "
+        f"channel; {stats['clamped']:.2%} of clean estimates clamped; {stats['out_of_range']:.2%} of pixels out of range.",
+        error_budget(*distances[:3]),
+        memorization.describe(num_train + (" and their mirror images" if config.data.flip else "")),
+        f"{name}_nearest.png shows the {NEAREST_IMAGES} nearest: the generated image, then its {NUM_NEIGHBORS} nearest "
+        f"training images.",
+    ]
+    origin = weights_origin("U-Net", model.checkpoint.fingerprint, model.checkpoint.metadata)
+    write_report(config, name, device, origin, "\n\n".join(paragraphs))
+    grid = nearest_grid(memorization, generated, images.pixels, train_rows)
+    save_png(grid, Path(config.results_dir) / f"{name}_nearest.png")
+
+
+def generate_images(model: LatentDiffusion, cfg: SamplingConfig, cond: Cond, n: int) -> tuple[np.ndarray, dict]:
+    """Return uint8 (n, H, W, 3) and the statistics of their latents. Image i has condition i % len(cond[0])."""
+    samples = model.generate(cfg.model_copy(update={"cols": 1}), OutputSpec(n, num_pixels=n), cond)
+    return samples.pixel_array(), samples.stats(model.normalizer)
+
+
+def training_features(
+    config: Config, images: Images, features: Features, rows: np.ndarray, mirrored: bool = False
+) -> Tensor:
+    """Return (len(rows), D), cached by images, network and rows."""
+    weights = config.evaluation.weights
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights else "download"
+    key = f"{images.fingerprint} {features.name} {digest} {len(rows)} {images.pixels.shape}{' mirrored' if mirrored else ''}"
+    path = Path(config.runs_dir) / "cache" / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    if not path.exists():
+        save_tensors(path, {"features": features(images.pixels, config.evaluation.batch_size, rows, mirrored)})
+    return load_tensors(path, f"remove {path}")["features"]
+
+
+DISTANCE_HEADER = ("images", "N", "Fréchet distance", "KID · 1000", "precision", "recall")
+
+
+@dataclass
+class Distance:
+    """A row of the table: distances of a set of images from the training images."""
+
+    label: str
+    n: int
+    frechet: float
+    kid: float
+    kid_std: float
+    precision: float
+    recall: float
+
+    @classmethod
+    def measure(cls, label: str, features: Tensor, train_features: Tensor) -> "Distance":
+        return cls(
+            label,
+            len(features),
+            frechet(features, train_features),
+            *kid(features, train_features),
+            *precision_recall(features, train_features),
+        )
+
+    def cells(self) -> list[str]:
+        kid = f"{1000 * self.kid:.2f} ± {1000 * self.kid_std:.2f}"
+        return [self.label, f"{self.n:,}", f"{self.frechet:.1f}", kid, f"{self.precision:.3f}", f"{self.recall:.3f}"]
+
+
+def small_set_note(n: int, dim: int) -> str:
+    if n >= dim:
+        return ""
+    return (
+        f" {n:,} images are fewer than the {dim:,} features: most of each Fréchet distance is then bias, the same in all "
+        f"rows, which makes their ratio look better than it is. KID has no such bias."
+    )
+
+
+def error_budget(generated: Distance, val: Distance, reconstructed: Distance) -> str:
+    return (
+        f"Error budget: generated images have a Fréchet distance {generated.frechet - val.frechet:.1f} above that of "
+        f"validation images, {reconstructed.frechet - val.frechet:.1f} caused by the VAE and "
+        f"{generated.frechet - reconstructed.frechet:.1f} by the U-Net and its sampler. "
+        f"It is {generated.frechet / val.frechet:.2f} times that of validation images."
+    )
+
+
+@dataclass
+class Memorization:
+    """Feature distances of generated images to their nearest training images."""
+
+    nearest: list[tuple[int, list[int]]]  # (generated, training images), nearest first
+    median: float
+    val_median: float
+    near: float  # fraction nearer than the NEAR_QUANTILE of validation images
+
+    @classmethod
+    def measure(cls, generated: Tensor, val: Tensor, train: Tensor) -> "Memorization":
+        """From features (N, D) each."""
+
+        def neighbors_of(features: Tensor) -> tuple[Tensor, Tensor]:
+            parts = [torch.cdist(part, train).topk(NUM_NEIGHBORS, largest=False) for part in features.split(256)]
+            return torch.cat([part.values[:, 0] for part in parts]), torch.cat([part.indices for part in parts])
+
+        distances, neighbors = neighbors_of(generated)
+        val_distances, _ = neighbors_of(val)
+        near = float((distances < val_distances.quantile(NEAR_QUANTILE)).float().mean())
+        nearest = [(i, neighbors[i].tolist()) for i in distances.argsort().tolist()]
+        return cls(nearest, float(distances.median()), float(val_distances.median()), near)
+
+    def describe(self, training_images: str) -> str:
+        return (
+            f"Memorization: the median distance to the nearest of {training_images} is {self.median:.2f} for generated "
+            f"images and {self.val_median:.2f} for validation images, reconstructed by the VAE. {self.near:.1%} of generated "
+            f"images are nearer than {1 - NEAR_QUANTILE:.0%} of the reconstructed validation images; "
+            f"{NEAR_QUANTILE:.0%} are expected without memorization."
+        )
+
+
+def nearest_grid(memorization: Memorization, generated: np.ndarray, pixels: np.ndarray, train_rows: np.ndarray) -> Image:
+    """Generated images, each with its nearest training images. Neighbors j >= len(train_rows) are mirrored."""
+    grid = []
+    for i, neighbors in memorization.nearest[:NEAREST_IMAGES]:
+        grid.append(generated[i])
+        for j in neighbors:
+            image = pixels[train_rows[j % len(train_rows)]]
+            grid.append(image if j < len(train_rows) else image[:, ::-1])
+    return image_grid(np.stack(grid), 3 * (1 + NUM_NEIGHBORS))

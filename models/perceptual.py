@@ -1,0 +1,122 @@
+"""Perceptual distances between images (B, 3, H, W) in [-1, 1], one value per image: (B,)."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VGG19_LAYERS = (3, 8, 11)  # features[i]: relu1_2, relu2_2, relu3_1
+
+
+def find_weights(net: str, weights: str | None) -> Path:
+    """Return `weights` if given, else torchvision's file, downloading it if needed. Raises FileNotFoundError."""
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"vae.perceptual.weights: {weights} is not a file")
+        return Path(weights)
+    import torchvision.models as zoo
+
+    url = getattr(zoo, "VGG19_Weights" if net == "vgg19" else LPIPS_BACKBONES[net]).IMAGENET1K_V1.url
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
+        except Exception as error:  # no network, wrong file from a proxy, full disk: same remedies
+            raise FileNotFoundError(
+                f"vae.perceptual.net={net}: weights are not in torchvision's cache and cannot be downloaded ({error}): "
+                f"put {url} at {cached}, or set vae.perceptual.weights=FILE to a local copy, "
+                f"or train without them (vae.perceptual.net=none)"
+            ) from None
+    return cached
+
+
+def make_perceptual(net: str, weights: Path) -> nn.Module:
+    """Build a frozen distance, with a printable `title`. Raises ValueError if the file does not hold that backbone."""
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        distance = VGG19Distance(state) if net == "vgg19" else LPIPS(net, state, official=_is_torchvision_file(weights))
+    except Exception as error:  # truncated file, pickle with code, another network
+        raise ValueError(f"{weights} does not hold the weights of {net}: {error!r:.160}") from None
+    return distance.eval().requires_grad_(False)
+
+
+def _is_torchvision_file(weights: Path) -> bool:
+    """Compare with the SHA-256 prefixes in the names of torchvision's LPIPS backbones."""
+    import torchvision.models as zoo
+
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    prefixes = [
+        getattr(zoo, name).IMAGENET1K_V1.url.rsplit("-", 1)[1].removesuffix(".pth") for name in LPIPS_BACKBONES.values()
+    ]
+    return any(digest.startswith(prefix) for prefix in prefixes)
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 of the `lpips` package, with a backbone from a torchvision state dict.
+
+    The linear heads fit torchvision's own weights only (official=True). Other weights use the plain feature distance, and
+    the title states that.
+    """
+
+    def __init__(self, net: str, state: dict[str, Tensor], official: bool):
+        super().__init__()
+        import lpips
+
+        self.title = f"LPIPS ({net})" if official else f"{net} distance (not LPIPS: weights are not torchvision's)"
+        self.metric = lpips.LPIPS(net=net, pnet_rand=True, lpips=official, verbose=False)
+        # 1x1 convolutions, or plain sums over channels
+        self.heads = self.metric.lins if official else [lambda d: d.sum(dim=1, keepdim=True)] * self.metric.L
+        backbone = self.metric.net
+        # The package splits features into slice1 … sliceN but keeps torchvision's layer numbers.
+        source_names = {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}
+        backbone.load_state_dict({name: state[source] for name, source in source_names.items()})
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        # As in the package, except for unit_length(): its division by |x| has no gradient at zero.
+        metric, total = self.metric, 0.0
+        for features_a, features_b, head in zip(*(metric.net(metric.scaling_layer(x)) for x in (a, b)), self.heads):
+            total = total + head((unit_length(features_a) - unit_length(features_b)).square()).mean(dim=(1, 2, 3))
+        return total  # (B,)
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """Features (B, C, h, w) scaled to unit length over channels, float32; zero vectors stay zero."""
+    features = features.float()
+    return features / (features.square().sum(dim=1, keepdim=True) + 1e-10).sqrt()
+
+
+class VGG19Distance(nn.Module):
+    """LPIPS (Zhang et al. 2018, eq. 1) without linear heads, on three layers of VGG19."""
+
+    title = "VGG19 distance"
+
+    def __init__(self, state: dict[str, Tensor]):
+        super().__init__()
+        import torchvision.models as zoo
+
+        self.backbone = zoo.vgg19(weights=None).features[: VGG19_LAYERS[-1] + 1]
+        self.backbone.load_state_dict({name: state["features." + name] for name in self.backbone.state_dict()})
+        for layer in self.backbone:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        total = 0.0
+        for features_a, features_b in zip(self.features(a), self.features(b)):
+            total = total + (unit_length(features_a) - unit_length(features_b)).square().sum(dim=1).mean(dim=(1, 2))
+        return total  # (B,)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """relu1_2 (B, 64, H, W), relu2_2 (B, 128, H/2, W/2), relu3_1 (B, 256, H/4, W/4)."""
+        h, features = ((images + 1) / 2 - self.mean) / self.std, []
+        for i, layer in enumerate(self.backbone):
+            h = layer(h)
+            if i in VGG19_LAYERS:
+                features.append(h)
+        return features

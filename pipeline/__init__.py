@@ -1,0 +1,1 @@
+"""A trained model in use: loading, prompts, initial latents, sampling and decoding."""

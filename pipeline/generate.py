@@ -1,0 +1,66 @@
+"""Inputs and outputs of LatentDiffusion.generate: which results to keep, and the results of one process."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from models.normalizer import Normalizer
+from pipeline.latent_stats import Moments, latent_stats
+from utils import distributed
+
+
+@dataclass
+class OutputSpec:
+    """Which outputs of generate() to keep."""
+
+    num_images: int
+    num_pixels: int = 0  # keep the pixels of the first images; 0 and no save_dir: latents are not decoded at all
+    keep_latents: bool = False
+    trajectory: list[int] = field(default_factory=list)  # images whose clean estimates are kept during sampling
+    save_dir: Path | None = None  # write every image to this folder
+    distributed: bool = False  # share the images among all processes; else this process generates all of them
+
+    def batches(self, batch_size: int) -> list[range]:
+        """Image indices of each batch of this process."""
+        ranks, rank = (distributed.world_size(), distributed.rank()) if self.distributed else (1, 0)
+        batch_size = min(batch_size, -(-self.num_images // ranks))
+        starts = range(0, self.num_images, batch_size)[rank::ranks]
+        return [range(start, min(start + batch_size, self.num_images)) for start in starts]
+
+
+@dataclass
+class Samples:
+    """Generated images and their statistics, on the CPU. Dictionaries are keyed by image index."""
+
+    moments: Moments
+    num_clamped: int = 0  # values of clean estimates
+    num_values: int = 0
+    num_out_of_range: int = 0  # values of pixels
+    num_pixel_values: int = 0
+    latents: dict[int, Tensor] = field(default_factory=dict)  # (C, h, w)
+    pixels: dict[int, np.ndarray] = field(default_factory=dict)  # (H, W, 3) uint8
+    trajectory: dict[int, list[Tensor]] = field(default_factory=dict)  # z0_hat (C, h, w), from noise to image
+
+    @classmethod
+    def merge(cls, parts: "list[Samples]") -> "Samples":
+        """Join the samples of all processes."""
+        total = parts[0]
+        for part in parts[1:]:
+            total.moments.merge(part.moments)
+            for name in ("num_clamped", "num_values", "num_out_of_range", "num_pixel_values"):
+                setattr(total, name, getattr(total, name) + getattr(part, name))
+            total.latents |= part.latents
+            total.pixels |= part.pixels
+            total.trajectory |= part.trajectory
+        return total
+
+    def pixel_array(self) -> np.ndarray:
+        """uint8 (N, H, W, 3), ordered by image index."""
+        return np.stack([self.pixels[i] for i in sorted(self.pixels)])
+
+    def stats(self, normalizer: Normalizer) -> dict:
+        """Latent statistics, see latent_stats()."""
+        clamped = self.num_clamped / max(self.num_values, 1)
+        return latent_stats(self.moments, normalizer, clamped, self.num_out_of_range / max(self.num_pixel_values, 1))

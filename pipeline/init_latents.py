@@ -1,0 +1,78 @@
+"""Initial latents of sampling: noise from a seed, interpolation between two seeds, or a given image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from config import SamplingConfig
+from dataset.files import decode_image
+from sampling import image_generators, randn, slerp
+from utils.errors import UserError
+from utils.files import first_line
+
+DEFAULT_STRENGTH = 0.6  # image-to-image without a mask
+
+
+def initial_noise(cfg: SamplingConfig, indices: range, shape: tuple, device) -> tuple[Tensor, list[torch.Generator]]:
+    """Noise (B, C, h, w) of the images at `indices`, and one generator per image for the noise of later steps.
+
+    Noise is generated on the CPU, so that a seed means the same image on every device. With sampling.slerp_to each row of the
+    grid interpolates from an image of cfg.seed to one of that seed.
+    """
+    generators = image_generators(cfg.seed, indices, "cpu")
+    if cfg.slerp_to is None:
+        return randn((len(indices), *shape), generators, device), generators
+    noise = []
+    for i in indices:
+        row, weight = i // cfg.cols, i % cfg.cols / max(1, cfg.cols - 1)
+        first, last = (
+            randn((1, *shape), image_generators(seed, [row], "cpu"), "cpu")[0] for seed in (cfg.seed, cfg.slerp_to)
+        )
+        noise.append(slerp(first, last, weight))
+    return torch.stack(noise).to(device), generators
+
+
+@dataclass
+class InitImage:
+    """Input of image-to-image (sampling.image) and of inpainting (sampling.mask)."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8
+    mask: np.ndarray | None  # (H, W) bool: True where to generate
+    latent_mask: Tensor | None  # (h, w) float: 1 if any pixel of the latent is to be generated
+    strength: float  # fraction of the sampling steps to run
+
+    @classmethod
+    def load(cls, cfg: SamplingConfig, image_size: int, downsampling: int) -> "InitImage | None":
+        """Read and check the images that cfg names; None if it names none."""
+        if cfg.image is None:
+            return None
+        pixels = read_image("sampling.image", cfg.image, image_size)
+        if cfg.mask is None:
+            return cls(pixels, None, None, cfg.strength or DEFAULT_STRENGTH)
+        mask = read_image("sampling.mask", cfg.mask, image_size).mean(axis=2) >= 128
+        if not mask.any():
+            raise UserError(f"sampling.mask: {cfg.mask} is black everywhere; paint the area to generate white")
+        latent_mask = F.max_pool2d(torch.from_numpy(mask)[None, None].float(), downsampling)[0, 0]
+        return cls(pixels, mask, latent_mask, cfg.strength or 1.0)
+
+    def restore_unmasked(self, pixels: np.ndarray) -> np.ndarray:
+        """Replace pixels (B, H, W, 3) outside the mask with those of the given image: decoding would alter them."""
+        return pixels if self.mask is None else np.where(self.mask[None, :, :, None], pixels, self.pixels)
+
+
+def read_image(key: str, path: str, size: int) -> np.ndarray:
+    """(size, size, 3) uint8"""
+    try:
+        pixels = np.array(decode_image(Path(path).read_bytes()))
+    except Exception as error:  # missing file, not an image, decompression bomb: many exception types
+        raise UserError(f"{key}: cannot read {path} ({getattr(error, 'strerror', None) or first_line(error)})") from None
+    if pixels.shape[:2] != (size, size):
+        width, height = pixels.shape[1], pixels.shape[0]
+        raise UserError(
+            f"{key}: {path} must be {size}x{size}, the size of the model (got {width}x{height}); crop and resize it"
+        )
+    return pixels

@@ -1,0 +1,268 @@
+"""A VAE and a U-Net as one generative model: denoiser with guidance, sampling, decoding."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config, SamplingConfig
+from models.conditioning import Cond
+from models.normalizer import Normalizer
+from models.schedules import PREDICTIONS, Schedule, make_schedule
+from models.unet import UNet
+from models.vae import VAE
+from pipeline.cuda_graphs import Forward, GraphedForward, cast_weights
+from pipeline.generate import OutputSpec, Samples
+from pipeline.init_latents import InitImage, initial_noise
+from pipeline.latent_stats import Moments
+from pipeline.stage_files import check_encodings_match, load_vae, note_if_unfinished, unet_path, vae_path
+from sampling import Denoise, Threshold, default_spacing, guided, make_denoiser, num_evaluations, sample, timesteps
+from utils.checkpoints import fingerprint, load_network
+from utils.device import autocast, compile_networks
+from utils.errors import UserError
+from utils.images import image_grid, save_png, to_float, to_uint8
+
+
+@dataclass
+class Checkpoint:
+    """Origin of a loaded model."""
+
+    path: Path  # of unet.safetensors
+    metadata: dict  # of unet.safetensors: training step, schedule, prediction, fingerprints
+    fingerprint: str  # of the U-Net's tensors
+    vae_metadata: dict
+
+
+class LatentDiffusion:
+    """Two networks, the normalizer between them, a schedule and a prediction type (eps | v | x0 | velocity).
+
+    dtype         autocast type of both networks
+    guidance_net  a weaker U-Net to guide away from (autoguidance) instead of the null condition
+    cuda_graphs   replay the U-Net as a CUDA graph
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        unet: UNet,
+        normalizer: Normalizer,
+        schedule: Schedule,
+        prediction: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        guidance_net: UNet | None = None,
+        cuda_graphs: bool = False,
+    ):
+        self.vae, self.unet, self.normalizer, self.schedule, self.prediction = vae, unet, normalizer, schedule, prediction
+        self.device, self.dtype = normalizer.scale.device, dtype
+        size = unet.settings["size"]
+        self.latent_shape, self.image_size = (unet.settings["in_channels"], size, size), size * vae.downsampling
+        self.checkpoint: Checkpoint | None = None  # set by load()
+        self._forward = _make_forward(unet, cuda_graphs)
+        self._guidance_forward = _make_forward(guidance_net, cuda_graphs) if guidance_net is not None else None
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device, dtype: torch.dtype) -> "LatentDiffusion":
+        """The EMA weights of both networks of an experiment. Refuses files that do not belong together."""
+        path = unet_path(config)
+        vae, vae_metadata = load_vae(config, device)
+        unet, metadata, extra = load_network(UNet, path, "unet", "train_diffusion.py", device)
+        vae_fingerprint = fingerprint(vae.state_dict())
+        if metadata["vae_fingerprint"] != vae_fingerprint:
+            raise UserError(
+                f"{path} was trained with another VAE ({metadata['vae_fingerprint']}) than {vae_path(config)} "
+                f"({vae_fingerprint}): run create_encodings.py and train_diffusion.py"
+            )
+        note_if_unfinished(path, metadata, "train_diffusion.py")
+        check_encodings_match(config, metadata)
+        try:
+            normalizer = Normalizer.from_state_dict(extra, "normalizer.").to(device)
+            schedule = make_schedule(metadata["schedule"], metadata["timesteps"])
+            if metadata["prediction"] not in PREDICTIONS:
+                raise ValueError(f"prediction {metadata['prediction']!r}")
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path} has an unsupported format ({error!r}): remove it and run train_diffusion.py") from None
+        checkpoint = Checkpoint(path, metadata, fingerprint(unet.state_dict()), vae_metadata)
+        guidance_net = load_guidance_net(config.sampling, unet, checkpoint, device)
+        # "auto" does not compile here: a grid is done before compilation pays off. A CUDA graph is captured within a second.
+        if config.compile is True:
+            compile_networks(True, device, unet, vae.decoder)
+        if dtype != torch.float32:
+            for net in (unet, guidance_net) if guidance_net is not None else (unet,):
+                cast_weights(net, dtype)
+        graphs = device.type == "cuda" and config.compile is not False
+        model = cls(
+            vae, unet, normalizer, schedule, metadata["prediction"],
+            dtype=dtype, guidance_net=guidance_net, cuda_graphs=graphs,
+        )  # fmt: skip
+        model.checkpoint = checkpoint
+        return model
+
+    # Settings in terms of this model
+
+    def spacing(self, cfg: SamplingConfig) -> str:
+        """The timestep spacing, with "auto" resolved."""
+        return default_spacing(cfg.sampler, self.schedule) if cfg.spacing == "auto" else cfg.spacing
+
+    def timesteps(self, cfg: SamplingConfig, strength: float = 1.0) -> list[int]:
+        """The timesteps that sampling visits. Raises UserError for settings that this schedule does not allow."""
+        try:
+            return timesteps(self.schedule, cfg.steps, self.spacing(cfg), cfg.sigma_max, strength)
+        except ValueError as error:
+            raise UserError(f"sampling: {error}") from None
+
+    def threshold(self, x0_clamp: str | float) -> Threshold | None:
+        """The bound on clean estimates for a value of sampling.x0_clamp."""
+        if x0_clamp == "none":
+            return None
+        return Threshold(*(self.normalizer.range() if x0_clamp == "range" else (-x0_clamp, x0_clamp)))
+
+    def denoiser(self, cfg: SamplingConfig, cond: Cond = ()) -> Denoise:
+        """denoise(z_t, t) -> z0_hat under a condition (one row per image of the batch), with the guidance of cfg."""
+
+        def make(forward: Forward, cond: Cond) -> Denoise:
+            return make_denoiser(
+                lambda z_t, t: forward(z_t, t, *cond), self.schedule, self.prediction, self.device, self.dtype
+            )
+
+        conditional = make(self._forward, cond)
+        if self._guidance_forward is not None:
+            weaker = make(self._guidance_forward, cond)
+
+            def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                return conditional(z_t, t), weaker(z_t, t)
+
+        elif cond:
+            null = self.unet.conditioner.null_like(cond)
+            halves = make(self._forward, tuple(torch.cat(pair) for pair in zip(cond, null)))
+
+            def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                return halves(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
+
+        else:
+            return conditional
+        return guided(conditional, both, self.schedule, cfg.guidance, cfg.guidance_interval, cfg.guidance_rescale)
+
+    # Sampling
+
+    def generate(
+        self,
+        cfg: SamplingConfig,
+        spec: OutputSpec,
+        cond: Cond = (),
+        init: InitImage | None = None,
+        *,
+        progress: tqdm | None = None,
+        show_progress: bool = True,
+    ) -> Samples:
+        """Sample images 0 … spec.num_images - 1 in batches, decode them, and return the outputs that spec asks for.
+
+        cond      one row per row of the grid: image i has condition (i // cfg.cols) modulo the number of rows
+        init      image-to-image or inpainting
+        progress  a bar to advance, in units of network evaluations times images; None: show an own bar
+        """
+        samples, threshold = Samples(Moments(self.latent_shape[0])), self.threshold(cfg.x0_clamp)
+        strength = init.strength if init else 1.0
+        evaluations = num_evaluations(cfg.sampler, len(self.timesteps(cfg, strength)))
+        frames = set(np.linspace(0, evaluations - 1, cfg.trajectory_frames).round().astype(int).tolist())
+        init_latents = self.encode(to_float(torch.from_numpy(init.pixels)[None])) if init else None
+        latent_mask = init.latent_mask.to(self.device) if init and init.mask is not None else None
+        batches = spec.batches(cfg.batch_size)
+        total = sum(map(len, batches)) * evaluations
+        bar = tqdm(total=total, unit="eval", desc="sampling", disable=not show_progress) if progress is None else progress
+        for indices in batches:
+
+            def callback(evaluation: int, _t: int, z_t: Tensor, z0: Tensor, indices=indices) -> None:
+                bar.update(len(z_t))
+                if evaluation in frames:
+                    for i in set(spec.trajectory) & set(indices):
+                        samples.trajectory.setdefault(i, []).append(z0[i - indices[0]].cpu())
+
+            noise, generators = initial_noise(cfg, indices, self.latent_shape, self.device)
+            batch_cond = tuple(c[[i // cfg.cols % len(c) for i in indices]] for c in cond)
+            z = sample(
+                self.denoiser(cfg, batch_cond), noise, self.schedule, cfg.sampler, cfg.steps,
+                eta=cfg.eta, order=cfg.order, variance=cfg.variance, spacing=self.spacing(cfg), sigma_max=cfg.sigma_max,
+                clean_finish_steps=cfg.clean_finish_steps, x0_range=threshold, strength=strength, mask=latent_mask,
+                init_latents=init_latents.expand_as(noise) if init else None, generator=generators, callback=callback,
+            )  # fmt: skip
+            samples.moments.add(z)
+            if spec.keep_latents:
+                samples.latents |= dict(zip(indices, z))
+            if spec.num_pixels or spec.save_dir:
+                self._add_pixels(samples, spec, indices, z, init)
+        if progress is None:
+            bar.close()
+        if threshold:
+            samples.num_clamped, samples.num_values = threshold.counts
+        return samples
+
+    def _add_pixels(self, samples: Samples, spec: OutputSpec, indices: range, z: Tensor, init: InitImage | None) -> None:
+        images = self.decode(z)
+        samples.num_out_of_range += int((images.abs() > 1).sum())
+        samples.num_pixel_values += images.numel()
+        pixels = to_uint8(images)
+        if init:
+            pixels = init.restore_unmasked(pixels)
+        samples.pixels |= {i: p for i, p in zip(indices, pixels) if i < spec.num_pixels}
+        if spec.save_dir:
+            with ThreadPoolExecutor(4) as writers:
+                list(
+                    writers.map(
+                        lambda i, p: save_png(image_grid(p[None], 1), spec.save_dir / f"{i:06d}.png"), indices, pixels
+                    )
+                )
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W), about in [-1, 1]."""
+        with autocast(self.device, self.dtype):
+            return self.vae.decode(self.normalizer.denormalize(z)).float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior means."""
+        with autocast(self.device, self.dtype):
+            return self.normalizer.normalize(self.vae.encode(images.to(self.device)).mean)
+
+
+def _make_forward(net: UNet, cuda_graphs: bool) -> Forward:
+    """Adapt net(z_t, t, cond) to forward(z_t, t, *cond): a CUDA graph takes tensors only."""
+
+    def forward(z_t: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+        return net(z_t, t, cond)
+
+    return GraphedForward(forward) if cuda_graphs else forward
+
+
+def load_guidance_net(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint, device: torch.device) -> UNet | None:
+    """The network of sampling.autoguidance, or None. Refuses guidance that this U-Net cannot follow."""
+    path, metadata, conditioner = checkpoint.path, checkpoint.metadata, unet.conditioner
+    if cfg.autoguidance is None:
+        if cfg.guidance != 1 and conditioner is None:
+            raise UserError(
+                f"sampling.guidance must be 1 for an unconditional model (got {cfg.guidance:g}), "
+                f"or name a weaker U-Net with sampling.autoguidance (diffusion.snapshot_every keeps some)"
+            )
+        if cfg.guidance != 1 and metadata.get("cfg_dropout") == 0 and not conditioner.trains_null_condition:
+            raise UserError(
+                f"sampling.guidance must be 1 (got {cfg.guidance:g}): {path} was trained with diffusion.cfg_dropout=0, so it has "
+                f"never seen the null condition; train with diffusion.cfg_dropout=0.1 to use guidance"
+            )
+        return None
+    weaker_path = Path(cfg.autoguidance)
+    script = "train_diffusion.py with diffusion.snapshot_every"
+    weaker, weaker_metadata, _ = load_network(UNet, weaker_path, "unet", script, device)
+    for key in ("encodings_fingerprint", "schedule", "timesteps", "prediction"):
+        if weaker_metadata[key] != metadata[key]:
+            raise UserError(
+                f"sampling.autoguidance: {key} of {weaker_path} must equal that of {path}, {metadata[key]} "
+                f"(got {weaker_metadata[key]})"
+            )
+    if weaker.settings["conditioning"] != unet.settings["conditioning"]:
+        raise UserError(f"sampling.autoguidance: {weaker_path} has another conditioning than {path}")
+    return weaker

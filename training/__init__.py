@@ -1,0 +1,1 @@
+"""The training loop that both training stages share: trainer, optimizer, resuming, metrics, logging."""

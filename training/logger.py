@@ -1,0 +1,127 @@
+"""Training logs: metrics.jsonl, TensorBoard, Weights & Biases, and the plot of a run's curves."""
+
+import contextlib
+import importlib.util
+import json
+import secrets
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import LoggingConfig
+from utils.files import make_dir, raise_no_space, write_atomically
+
+NOT_PLOTTED = ("step", "images_seen", "minutes", "seconds_to_first_step")
+
+
+class Logger:
+    """Writes metrics and images of a run that starts or resumes at `step`. `identity` becomes the wandb config."""
+
+    def __init__(self, folder: Path, identity: dict, cfg: LoggingConfig, step: int):
+        make_dir(folder)
+        self.path = folder / "metrics.jsonl"
+        self._drop_lines_after(step)
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.tensorboard = self.wandb = None
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=step + 1)
+        if cfg.wandb:
+            if importlib.util.find_spec("wandb") is None:
+                tqdm.write(
+                    "note: logging.wandb is on, but the package is not installed (pip install wandb); continuing without"
+                )
+            else:
+                import wandb
+
+                id_file = folder / "wandb_id"  # a resumed run continues its wandb run, a new run gets a new one
+                if not step or not id_file.exists():
+                    id_file.write_text(secrets.token_hex(8))
+                self.wandb = wandb.init(
+                    project="nanoldm", id=id_file.read_text(), name=str(folder), config=identity, resume="allow"
+                )
+
+    def _drop_lines_after(self, step: int) -> None:
+        """Remove lines that a killed run logged after its last save: those steps will be repeated."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+            if len(kept) < len(lines):
+                write_atomically(self.path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+
+    def log_metrics(self, step: int, metrics: dict) -> None:
+        """Scalars by name. Raises NoSpaceError if the disk is full."""
+        with raise_no_space(self.path):
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def log_image(self, step: int, name: str, image) -> None:
+        """A PIL image for TensorBoard and wandb."""
+        if self.tensorboard:
+            self.tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None  # truncated when the process was killed
+
+
+def plot_curves(folder: Path) -> Path | None:
+    """Plot folder/metrics.jsonl to folder/curves.png: one panel per metric, with training and validation curves. Returns None if
+    nothing was logged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # truncated by a full disk
+            lines.append(json.loads(line))
+    series: dict[str, dict[str, list]] = {}  # panel -> "train" | "val" | "" -> [(step, value), …]
+    for line in lines:
+        for name, value in line.items():
+            if name not in NOT_PLOTTED:
+                split, _, panel = name.rpartition("/")
+                series.setdefault(panel, {}).setdefault(split, []).append((line["step"], value))
+    if not series:
+        return None
+    cols = 3
+    rows = -(-len(series) // cols)
+    figure, axes = plt.subplots(rows, cols, figsize=(5 * cols, 3 * rows), squeeze=False)
+    for axis, (panel, curves) in zip(axes.flat, series.items()):
+        for split, points in curves.items():
+            axis.plot(*zip(*points), label=split or None, marker="." if len(points) < 30 else None)
+        if panel in ("loss", "reconstruction"):
+            axis.set_yscale("log")
+        axis.set_title(panel)
+        axis.set_xlabel("step")
+        if any(curves):
+            axis.legend()
+    for axis in axes.flat[len(series) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    path = folder / "curves.png"
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+    plt.close(figure)
+    return path

@@ -1,0 +1,37 @@
+"""EMA of the weights and the learning rate schedule."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+from config import TrainingConfig
+
+
+def learning_rate(cfg: TrainingConfig, step: int, minutes: float = 0.0) -> float:
+    """Linear warm-up to cfg.lr, then constant, or cosine decay to lr/10.
+
+    The decay ends at the last step or at max_minutes, whichever is closer.
+    """
+    lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+    if cfg.lr_decay == "cosine":
+        progress = min(1.0, max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+        if cfg.max_minutes is not None:
+            progress = max(progress, min(1.0, minutes / cfg.max_minutes))
+        lr *= 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+    return lr
+
+
+class EMA:
+    """Exponential moving average of a network's parameters, in `.net`. Update n uses the decay min(decay, (1+n)/(10+n))."""
+
+    def __init__(self, net: nn.Module, decay: float):
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.decay = decay
+        self._ema_params, self._params = list(self.net.parameters()), list(net.parameters())
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self._ema_params, self._params, 1 - decay)

@@ -1,0 +1,389 @@
+"""Training loop state: one optimizer step, logging, saving, resuming, stopping."""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import LoggingConfig, TrainingConfig
+from training.logger import Logger, plot_curves
+from training.metrics import MetricAverager
+from training.optim import EMA, learning_rate
+from training.resume import how_to_restart, reject_foreign_checkpoint, require_same_run
+from utils import distributed
+from utils.checkpoints import load_tensors, load_weights, save_tensors, save_weights
+from utils.device import hardware_name, is_out_of_memory
+from utils.errors import Diverged, Stopped, UserError
+from utils.files import warn_if_disk_full
+from utils.images import save_png
+
+
+class Trainer:
+    """Network, EMA and AdamW of a run, and the folder with its files. Resumes from folder/state.pt.
+
+        with Trainer(folder, net, cfg, ...) as trainer:
+            for _ in trainer:                        # seeds each step; saves, stops and reports between steps
+                batch = ...                          # random numbers for the whole batch; keep batch[trainer.shard]
+                trainer.step(forward_backward)       # calls forward_backward(micro_batch: slice), which calls
+                                                     #     trainer.backward(loss, ...)
+                if trainer.is_main and trainer.due(cfg.eval_every):
+                    trainer.log(evaluate(trainer.ema.net))
+
+    identity       settings and data fingerprints; a folder that holds another run is refused
+    weights_name   file for inference: EMA weights, `extra` tensors, and `metadata` with the training progress
+    discriminator  trained alongside with a constant learning rate; saved in state.pt only
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        net: nn.Module,
+        cfg: TrainingConfig,
+        *,
+        identity: dict,
+        seed: int,
+        logging: LoggingConfig,
+        weights_name: str,
+        metadata: dict,
+        extra: dict[str, Tensor] | None = None,
+        discriminator: nn.Module | None = None,
+        discriminator_lr: float = 0.0,
+    ):
+        self.folder, self.net, self.cfg, self.identity, self.seed = folder, net, cfg, identity, seed
+        self.weights_path, self.metadata, self.extra = folder / weights_name, metadata, extra or {}
+        self.is_main = distributed.is_main()
+        if cfg.batch_size < distributed.world_size():
+            raise UserError(
+                f"batch_size must be at least the number of processes, {distributed.world_size()} (got {cfg.batch_size})"
+            )
+        shard = distributed.shard(cfg.batch_size)
+        self.shard = slice(shard.start, shard.stop)  # part of the batch that this process trains on
+        self.micro_batch = len(shard) if cfg.micro_batch == "auto" else min(cfg.micro_batch, len(shard))
+        self.ema = EMA(net, cfg.ema_decay)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        self.discriminator = discriminator
+        if discriminator is not None:
+            self.discriminator_optimizer = torch.optim.AdamW(
+                discriminator.parameters(), discriminator_lr, (0.5, 0.9), weight_decay=0.0
+            )
+        self.steps_done = 0  # optimizer steps
+        self._minutes_before = 0.0  # training time before this process started
+        self._resume()
+        self._first_step = self.steps_done
+        self._restart_clocks()
+        self._metrics = MetricAverager(next(net.parameters()).device)
+        self._signal: int | None = None
+        self._update_stop()
+        if self.should_stop and self.is_main:
+            self._save_if_stale()
+        self._logger = Logger(folder, identity, logging, self.steps_done) if self.is_main and not self.should_stop else None
+
+    # The loop
+
+    def __enter__(self) -> "Trainer":
+        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._restart_clocks()
+        # The bar counts percent of the budget that ends the run: steps or minutes.
+        self._bar = tqdm(
+            total=100, initial=self._percent_done(), desc=self.folder.name, disable=self.should_stop,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0, bar_format="{l_bar}{bar}| [{elapsed}{postfix}]",
+        )  # fmt: skip
+        return self
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the number of steps done before each step, until the steps or minutes are used up.
+
+        Raises Stopped after SIGINT or SIGTERM, with the state saved.
+        """
+        if self.should_stop:
+            print(f"{self.folder}: already trained, {self.steps_done:,} steps in {self.minutes:.1f} minutes")
+            return
+        while not self.should_stop:
+            # The randomness of a step is a function of (seed, step), so there is no generator state to save.
+            torch.manual_seed((self.seed * 1_000_003 + self.steps_done) % 2**63)
+            yield self.steps_done
+            if self._save_due():
+                self.save()
+        if not self.finished:
+            distributed.barrier()  # wait until rank 0 has saved: torchrun ends all processes when one exits
+            raise Stopped(
+                f"stopped at step {self.steps_done} of {self.cfg.steps}; state saved in {self.folder}, "
+                f"run the same command to resume",
+                self._stopped_by,
+            )
+        tqdm.write(f"done: {self.weights_path} after {self.steps_done:,} steps, {self.minutes:.1f} minutes")
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._bar.close()
+        if self._logger:
+            self._logger.close()
+            if self.steps_done > self._first_step:
+                with warn_if_disk_full("the curves"):
+                    plot_curves(self.folder)
+
+    @property
+    def minutes(self) -> float:
+        """Minutes of training in all sessions of this run."""
+        return self._minutes_before + (time.monotonic() - self._started) / 60
+
+    @property
+    def images_seen(self) -> int:
+        return self.steps_done * self.cfg.batch_size
+
+    def due(self, every: int) -> bool:
+        """Whether an action that runs every `every` steps is due now; always after the last step."""
+        return self.steps_done > self._first_step and (
+            self.finished or (self.steps_done % every == 0 and not self.should_stop)
+        )
+
+    def _update_stop(self) -> None:
+        """Decide once per step whether to stop. Rank 0 decides, by its clock and the signals it received."""
+        self._minutes_synced, stopped_by = distributed.broadcast([self.minutes, self._signal or 0])
+        self._stopped_by = int(stopped_by) or None
+        max_minutes = self.cfg.max_minutes
+        self.finished = self.steps_done >= self.cfg.steps or (
+            max_minutes is not None and self._minutes_synced >= max_minutes
+        )
+        self.should_stop = self.finished or self._stopped_by is not None
+
+    def _on_signal(self, number: int, _frame) -> None:
+        if self._signal is not None:  # second Ctrl-C: exit without saving
+            raise KeyboardInterrupt
+        self._signal = number
+        tqdm.write(f"stopping after this step ({signal.Signals(number).name})")
+
+    # One step
+
+    def step(self, forward_backward: Callable[[slice], None]) -> None:
+        """Forward, backward, gradient clipping, AdamW, EMA. `forward_backward` gets each micro-batch as a slice of the shard.
+
+        With micro_batch "auto", a micro-batch that does not fit in GPU memory is halved and the step starts over.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, self.steps_done, self._minutes_synced)
+        if not self.is_main:  # all ranks have the same batch; from here on each has its own dropout masks
+            torch.manual_seed((self.seed * 1_000_003 + self.steps_done) * 1009 % 2**63 + distributed.rank())
+        self._accumulate_gradients(forward_backward)
+        distributed.sum_gradients(self.net)
+        grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.cfg.grad_clip)
+        self.optimizer.step()
+        if self.discriminator is not None and any(p.grad is not None for p in self.discriminator.parameters()):
+            distributed.sum_gradients(self.discriminator)
+            nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.cfg.grad_clip)
+            self.discriminator_optimizer.step()
+        self._zero_grad()
+        self.ema.update(self.steps_done)
+        self._metrics.watch_finite(grad_norm.detach(), self.steps_done)
+        self._metrics.end_step(grad_norm=grad_norm)
+        self.steps_done += 1
+        if self.steps_done == self._first_step + 1:
+            self._log_first_step(grad_norm)
+        self._update_stop()
+        self._bar.update(self._percent_done() - self._bar.n)
+        if self.due(self.cfg.log_every):
+            self.log_train_metrics()
+
+    def _accumulate_gradients(self, forward_backward: Callable[[slice], None]) -> None:
+        n = self.shard.stop - self.shard.start
+        while True:
+            try:
+                for start in range(0, n, self.micro_batch):
+                    forward_backward(slice(start, min(start + self.micro_batch, n)))
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.cfg.micro_batch != "auto" or self.micro_batch == 1:
+                    raise UserError(
+                        f"{self.folder}: out of memory with micro-batches of {self.micro_batch}; "
+                        f"use a smaller micro_batch or fewer channels"
+                    ) from None
+            # Outside the handler: the traceback would keep the tensors of the failed pass alive.
+            self.micro_batch = (self.micro_batch + 1) // 2
+            self._metrics.discard_step()
+            self._zero_grad()
+            torch.cuda.empty_cache()
+            self.print(f"out of GPU memory; continuing with micro-batches of {self.micro_batch}")
+
+    def backward(self, loss: Tensor, check_finite: Tensor, timesteps: Tensor | None = None, **metrics: Tensor) -> None:
+        """Backpropagate this micro-batch's part of the mean loss over the whole batch.
+
+        loss          (B,) per example
+        check_finite  (B,) values whose first NaN or infinity is reported, with its entry of `timesteps` (B,)
+        metrics       (B,) per example, averaged until the next log line
+        """
+        self._backward(loss, {"loss": loss, **metrics})
+        self._metrics.watch_finite(check_finite.detach(), self.steps_done, timesteps)
+
+    def backward_discriminator(self, loss: Tensor, **metrics: Tensor) -> None:
+        """The same for the discriminator's loss (B,)."""
+        self._backward(loss, metrics)
+
+    def _backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        (loss.sum() / self.cfg.batch_size).backward()
+        self._metrics.add_micro_batch(metrics, self.cfg.batch_size)
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.discriminator is not None:
+            self.discriminator_optimizer.zero_grad(set_to_none=True)
+
+    def _raise_if_diverged(self) -> None:
+        step, timestep = self._metrics.first_nonfinite()
+        if step < 0:
+            return
+        source = f"the loss at timestep {timestep}" if timestep >= 0 else "the loss or its gradient"
+        saved = "the last good state is kept" if (self.folder / "state.pt").exists() else "no state had been saved yet"
+        lr = self.optimizer.param_groups[0]["lr"]
+        raise Diverged(
+            f"{self.folder}: {source} is not finite in step {step} (learning rate {lr:.3g}); {saved}. "
+            f"Use a smaller lr, or precision=float32"
+        )
+
+    # Logging
+
+    def _percent_done(self) -> float:
+        done = self.steps_done / self.cfg.steps
+        if self.cfg.max_minutes is not None:
+            done = max(done, self.minutes / self.cfg.max_minutes)
+        return 100 * min(done, 1.0)
+
+    def _log_first_step(self, grad_norm: Tensor) -> None:
+        """The first step compiles and allocates, so it is excluded from the rate and from the time budget."""
+        float(grad_norm)  # wait for the device
+        seconds = time.monotonic() - self._started
+        if seconds > 5:
+            self.print(f"the first step took {seconds:.0f} s")
+            self._started = time.monotonic()
+        self.log({"seconds_to_first_step": round(seconds, 3)})
+
+    def log_train_metrics(self) -> None:
+        """Log the averages since the last call and update the progress bar. Raises Diverged."""
+        self._raise_if_diverged()
+        means = self._metrics.means()
+        if not means:
+            return
+        metrics = {f"train/{name}": value for name, value in means.items()} | {"lr": self.optimizer.param_groups[0]["lr"]}
+        if self.steps_done == self._rate_start_step:  # only the first step so far, which has no meaningful rate
+            self.log(metrics)
+            return
+        seconds = time.monotonic() - self._rate_start
+        images_per_second = (self.steps_done - self._rate_start_step) * self.cfg.batch_size / max(seconds, 1e-9)
+        self.log(metrics | {"images_per_second": images_per_second})
+        minutes_left = (self.cfg.steps - self.steps_done) * self.cfg.batch_size / max(images_per_second, 1e-9) / 60
+        if self.cfg.max_minutes is not None:
+            minutes_left = min(minutes_left, max(0.0, self.cfg.max_minutes - self.minutes))
+        clock = f"{int(minutes_left)}:{int(minutes_left * 60) % 60:02d}"
+        self._bar.set_postfix_str(
+            f"step {self.steps_done:,}, loss {means['loss']:.4f}, {images_per_second:.0f} images/s, {clock} left",
+            refresh=False,
+        )
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write metrics of this step to metrics.jsonl, TensorBoard and wandb."""
+        if not self.is_main:
+            return
+        with warn_if_disk_full("the metrics"):
+            self._logger.log_metrics(
+                self.steps_done, {"images_seen": self.images_seen, "minutes": round(self.minutes, 3), **metrics}
+            )
+        self._restart_rate()
+
+    def log_image(self, name: str, image, file: str) -> None:
+        """Write a PIL image to the run's folder, TensorBoard and wandb."""
+        with warn_if_disk_full(file):
+            save_png(image, self.folder / file)
+            self._logger.log_image(self.steps_done, name, image)
+        self._restart_rate()
+
+    def print(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        tqdm.write(f"step {self.steps_done:,}: {text}")
+
+    def _restart_clocks(self) -> None:
+        self._started = self._saved_at = time.monotonic()
+        self._restart_rate()
+
+    def _restart_rate(self) -> None:
+        """Exclude evaluation, logging and saving from the images per second."""
+        self._rate_start, self._rate_start_step = time.monotonic(), self.steps_done
+
+    # Saving
+
+    def _save_due(self) -> bool:
+        if self.steps_done == self._first_step or not self.is_main:
+            return False
+        return self.should_stop or time.monotonic() - self._saved_at > 60 * self.cfg.save_minutes
+
+    def save(self) -> None:
+        """Write the weights file, then state.pt. Raises Diverged instead of saving a non-finite state.
+
+        If the disk is full, the files of the last save stay and training continues; only the final save raises.
+        """
+        self._raise_if_diverged()
+        state = dict(
+            kind="state", identity=json.dumps(self.identity), step=self.steps_done, minutes=self.minutes,
+            micro_batch_that_fit=[*self._hardware_key(), self.micro_batch],
+            net=self.net.state_dict(), ema=self.ema.net.state_dict(), optimizer=self.optimizer.state_dict(),
+        )  # fmt: skip
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+        with contextlib.nullcontext() if self.should_stop else warn_if_disk_full(f"the state of step {self.steps_done}"):
+            # Weights first: if the process dies in between, the run resumes from the older state and rewrites them.
+            self._save_weights(self.weights_path)
+            save_tensors(self.folder / "state.pt", state)
+        self._saved_at = time.monotonic()
+        self._restart_rate()
+
+    def save_snapshot(self) -> None:
+        """Keep the current weights in snapshots/. Raises Diverged instead of saving non-finite weights."""
+        self._raise_if_diverged()
+        with warn_if_disk_full("a snapshot"):
+            self._save_weights(self.folder / "snapshots" / f"step_{self.steps_done:07d}.safetensors")
+        self._restart_rate()
+
+    def _save_weights(self, path: Path) -> None:
+        progress = dict(step=self.steps_done, steps=self.cfg.steps, minutes=self.minutes, complete=self.finished)
+        save_weights(path, {**self.ema.net.state_dict(), **self.extra}, {**self.metadata, **progress})
+
+    def _save_if_stale(self) -> None:
+        """Rewrite the weights file of a finished run if it is missing, damaged or older than state.pt."""
+        try:
+            _, metadata = load_weights(self.weights_path, self.metadata["kind"], "")
+        except UserError:
+            metadata = {}
+        if metadata.get("step") != self.steps_done or not metadata.get("complete"):
+            self.save()
+
+    def _resume(self) -> None:
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        state = load_tensors(path, how_to_restart(path))
+        require_same_run(self.folder, self.identity, self.cfg, state)
+        with reject_foreign_checkpoint(path):
+            self.net.load_state_dict(state["net"])
+            self.ema.net.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.discriminator is not None:
+                self.discriminator.load_state_dict(state["discriminator"])
+                self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+            self.steps_done, self._minutes_before = int(state["step"]), float(state["minutes"])
+            *hardware_key, micro_batch_that_fit = state["micro_batch_that_fit"]
+        if self.cfg.micro_batch == "auto" and hardware_key == self._hardware_key():
+            # Avoids repeating the out-of-memory search and recompilation.
+            self.micro_batch = min(self.micro_batch, micro_batch_that_fit)
+
+    def _hardware_key(self) -> list:
+        """Hardware for which a micro-batch size is known to fit."""
+        return [hardware_name(next(self.net.parameters()).device), distributed.world_size()]

@@ -1,0 +1,1 @@
+"""Shared infrastructure: command line, settings, errors, files, checkpoints, devices, processes, images."""

@@ -1,0 +1,116 @@
+"""Weights files (safetensors, with metadata) and tensor files (.pt without pickled objects)."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import PerceptualConfig
+from models.perceptual import find_weights, make_perceptual
+from utils.errors import UserError
+from utils.files import first_line, write_atomically
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Return 16 hex digits of the SHA-256 of names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# Weights files: tensors, and JSON metadata with the arguments that build the network ("settings")
+
+REQUIRED_METADATA = {
+    "vae": {"settings", "image_size", "data_fingerprint", "step", "steps", "complete"},
+    "unet": {
+        "settings",
+        "schedule",
+        "timesteps",
+        "prediction",
+        "vae_fingerprint",
+        "encodings_fingerprint",
+        "step",
+        "steps",
+        "complete",
+    },
+}
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Write tensors and metadata to a safetensors file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"nanoldm": json.dumps(metadata)}))
+
+
+def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor], dict]:
+    """Return tensors and metadata of a weights file. `kind` is vae or unet; `made_by` is the script to run if it fails."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run {made_by} first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("nanoldm", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors and json have their own error types; nothing in the file was executed
+        raise UserError(
+            f"{path} is damaged or not a safetensors file ({first_line(error)}): remove it and run {made_by} again"
+        ) from None
+    if not isinstance(metadata, dict) or metadata.get("kind") != kind or not REQUIRED_METADATA[kind] <= metadata.keys():
+        raise UserError(f"{path} is not a {kind} weights file of this version: remove it and run {made_by}")
+    return tensors, metadata
+
+
+def load_network(
+    network_class: type[nn.Module], path: Path, kind: str, made_by: str, device: torch.device
+) -> tuple[nn.Module, dict, dict[str, Tensor]]:
+    """Build the network of a weights file, frozen and on the device.
+
+    Returns the network, the metadata, and the tensors of the normalizer (named "normalizer.…"), which only U-Net files have.
+    """
+    tensors, metadata = load_weights(path, kind, made_by)
+    extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("normalizer.")}
+    try:
+        net = network_class(**metadata["settings"])
+        net.load_state_dict(tensors, strict=True)
+    except Exception as error:  # invalid settings, missing tensors, wrong shapes
+        raise UserError(
+            f"{path}: its tensors do not fit the network in its metadata ({first_line(error)}): "
+            f"remove it and run {made_by} again"
+        ) from None
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), metadata, extra
+
+
+# Tensor files: dictionaries of tensors, numbers and strings
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """Write a dictionary of tensors, numbers and strings to a .pt file."""
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_tensors(path: Path, remedy: str, mmap: bool = False) -> dict:
+    """Read a .pt dictionary without executing anything in it. `remedy` ends the error message for a bad file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # truncated zip, refused pickle, wrong magic number: many error types
+        raise UserError(f"{path} is damaged or not made by this project ({first_line(error)}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not made by this project: {remedy}")
+    return content
+
+
+def load_perceptual(cfg: PerceptualConfig, device: torch.device) -> nn.Module | None:
+    """Return the frozen perceptual distance, (images, images) (B, 3, H, W) in [-1, 1] -> (B,), or None for net=none."""
+    if cfg.net == "none":
+        return None
+    try:
+        distance = make_perceptual(cfg.net, find_weights(cfg.net, cfg.weights))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+    return distance.to(device, memory_format=torch.channels_last)

@@ -1,0 +1,115 @@
+"""Device and precision selection, torch.compile, and memory checks."""
+
+import functools
+import os
+import platform
+
+import psutil
+import torch
+from torch import nn
+
+from utils import distributed
+from utils.errors import UserError
+from utils.files import first_line
+
+TRAIN_BYTES_PER_PARAM = 20  # float32 weights, EMA, gradient and AdamW's two moments
+STATE_BYTES_PER_PARAM = 40  # on disk: state.pt and the weights file (EMA), each twice while it is replaced
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device; auto selects cuda, else mps, else cpu. With torchrun, a process gets the GPU of its local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps is not available: use device=auto or device=cpu")
+    if device.type == "cuda":
+        if distributed.world_size() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"device={device} is not available: torch finds {torch.cuda.device_count()} CUDA devices; "
+                f"use device=auto or device=cpu"
+            )
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs belong to the current device
+        # cuDNN attention, the default on Hopper, has NaN gradients with some masks (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for autocast. auto selects bfloat16 if the hardware supports it, else float32.
+
+    Hardware support means CUDA capability 8.0 or higher, or a CPU with AMX or AVX512-BF16.
+    """
+    torch.backends.cudnn.allow_tf32 = name != "float32"  # an explicit float32 also turns off TF32 in convolutions
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        supported = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        supported = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if supported else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Return an autocast context for dtype, disabled for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Module) -> None:
+    """Apply torch.compile in place if `setting` is true, or auto on CUDA. Prints a note if torch.compile does not work."""
+    if setting is False or (setting == "auto" and device.type != "cuda"):
+        return
+    problem = missing_compiler(device)
+    if problem:
+        print(f"note: nothing is compiled because torch.compile fails: {problem}")
+        return
+    # Modules of one class share a cache. Each adds an entry for training, for evaluation and for a smaller last batch.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 1024
+    for network in networks:
+        network.compile(dynamic=False)  # batches have one size; a smaller last batch compiles once more
+
+
+@functools.cache
+def missing_compiler(device: torch.device) -> str | None:
+    """Return why torch.compile fails on this machine, e.g. without a C++ compiler or Triton; None if it works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # torch, Triton and Inductor each have their own error types
+        return first_line(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also recognizes the RuntimeErrors of cuDNN, cuBLAS, Triton, Inductor and the CPU allocator."""
+    texts = "out of memory", "unable to find an engine", "ALLOC_FAILED", "can't allocate memory"
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def num_params(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def require_memory(device: torch.device, needed_bytes: int) -> None:
+    """Raise UserError if the device has less free memory than this, a lower bound without activations."""
+    free = free_memory(device)
+    if needed_bytes > free:
+        raise UserError(
+            f"{needed_bytes / 1e6:,.0f} MB of memory are needed on {device} without activations, but only "
+            f"{free / 1e6:,.0f} MB are free: use fewer channels"
+        )
+
+
+def hardware_name(device: torch.device) -> str:
+    """Return the GPU's name, or the CPU architecture with device and number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free memory of the device in bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -1,0 +1,21 @@
+"""Exceptions that end a script with an exit code of their own; see utils/cli.py.
+
+Throughout the project, functions raise UserError for problems that the user can fix, such as a missing file or a wrong
+setting. Scripts print it as one line and exit with code 2. Docstrings do not repeat this.
+"""
+
+
+class UserError(Exception):
+    """A problem that the user can fix. The message is one line: what is wrong, the value, how to fix it."""
+
+
+class Stopped(Exception):
+    """The process received a signal to stop; the training state is saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Diverged(Exception):
+    """The loss or its gradient is not finite."""

@@ -1,0 +1,90 @@
+"""Files and disk space. Every file is written to a temporary name, flushed and renamed: readers never see a partial file."""
+
+import contextlib
+import errno
+import os
+import shutil
+from itertools import count
+from pathlib import Path
+from typing import Any, Callable
+
+from utils.errors import UserError
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NoSpaceError(OSError):
+    """The disk is full. The previous version of the file is unchanged."""
+
+
+@contextlib.contextmanager
+def raise_no_space(path: Path):
+    """Convert every error caused by a full disk to NoSpaceError; other errors pass through."""
+    try:
+        yield
+    except Exception as error:  # torch raises RuntimeError and safetensors its own type, without an errno
+        full = isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
+        if full or (path.parent.exists() and shutil.disk_usage(path.parent).free < 1_000_000):
+            raise NoSpaceError(errno.ENOSPC, "no space left on device", str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def warn_if_disk_full(what: str):
+    """Print a warning instead of raising NoSpaceError, so that training continues."""
+    try:
+        yield
+    except NoSpaceError:
+        from tqdm import tqdm  # not at the top: utils/cli.py sets TQDM_DISABLE before tqdm is imported
+
+        tqdm.write(f"warning: no space left on disk for {what}; the files of the last save are kept, training continues")
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call write(temporary) and rename the result to `path`. On an error, `path` is unchanged."""
+    make_dir(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with raise_no_space(path):
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep_old_version(folder: Path, name: str, suffixes: tuple[str, ...]) -> None:
+    """Rename the existing ones of folder/<name><suffix> to <name>-<n><suffix>, with the first free n ≥ 2."""
+    n = next(n for n in count(2) if not any((folder / f"{name}-{n}{suffix}").exists() for suffix in suffixes))
+    for suffix in suffixes:
+        if (folder / f"{name}{suffix}").exists():
+            (folder / f"{name}{suffix}").rename(folder / f"{name}-{n}{suffix}")
+    print(f"note: {folder / name}{suffixes[0]} has other settings or weights and was renamed to {name}-{n}{suffixes[0]}")
+
+
+def make_dir(folder: Path) -> None:
+    """Create a folder and its parents."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"folder {folder} cannot be created ({error.strerror})") from None
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise UserError if the folder is not writable or its disk has less free space than this."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{folder} cannot be written: no write permission for {existing}")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(f"{folder} needs {needed_bytes / 1e6:,.0f} MB of disk space, but only {free / 1e6:,.0f} MB are free")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message, at most 160 characters."""
+    text = str(error).strip() or type(error).__name__
+    # torch.load adds advice to disable weights_only in the same line.
+    return text.splitlines()[0].split(". This file can still be loaded")[0][:160]

@@ -1,0 +1,67 @@
+"""Image grids, PNG files with their settings in the metadata, and conversion between pixels and tensors."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+from utils.files import write_atomically
+
+FONT_SIZE, LINE_HEIGHT, MAX_CHAR_WIDTH = 11, 14, 6  # pixels
+
+
+def image_grid(images: np.ndarray, cols: int, gap: int = 2, titles: list[str] = ()) -> Image.Image:
+    """Arrange uint8 (N, H, W, 3) in rows of `cols` images with a white gap. titles[i] is written above row i."""
+    n, h, w, _ = images.shape
+    rows, width = -(-n // cols), cols * (w + gap) - gap
+    wrapped = [textwrap.wrap(title, max(8, width // MAX_CHAR_WIDTH)) or [""] for title in titles]
+    title_height = LINE_HEIGHT * max(map(len, wrapped), default=0)
+    row_height = title_height + h + gap
+    canvas = Image.new("RGB", (width, rows * row_height - gap), "white")
+    for i, image in enumerate(images):
+        canvas.paste(Image.fromarray(image), ((i % cols) * (w + gap), title_height + (i // cols) * row_height))
+    draw = ImageDraw.Draw(canvas)
+    for row, lines in enumerate(wrapped[:rows]):
+        top = row * row_height + title_height - LINE_HEIGHT * len(lines)
+        font = ImageFont.load_default(FONT_SIZE)
+        draw.multiline_text((1, top), "\n".join(lines), "black", font, spacing=LINE_HEIGHT - FONT_SIZE)
+    return canvas
+
+
+def comparison_grid(originals: np.ndarray, reconstructions: np.ndarray, cols: int = 8) -> Image.Image:
+    """Alternate rows of originals and of their reconstructions, both uint8 (N, H, W, 3)."""
+    rows = []
+    for i in range(0, len(originals), cols):
+        padding = [np.full_like(originals[:1], 255)] * (cols - len(originals[i : i + cols]))
+        for images in (originals, reconstructions):
+            rows += [*(image[None] for image in images[i : i + cols]), *padding]
+    return image_grid(np.concatenate(rows), cols)
+
+
+def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write a PNG with `settings` in its text chunks: strings unchanged, other values as JSON."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in (settings or {}).items():
+        info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    """Write an endless GIF at six frames per second that pauses on its last frame."""
+    durations = [160] * (len(frames) - 1) + [1600]  # ms
+    options = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    write_atomically(path, lambda temporary: frames[0].save(temporary, format="GIF", **options))
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels_last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Float (B, 3, H, W) -> uint8 (B, H, W, 3). Values outside [-1, 1] are clipped."""
+    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

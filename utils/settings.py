@@ -1,0 +1,188 @@
+"""Read a YAML file and `section.key=value` overrides into a validated Config, and format the text of --help."""
+
+import difflib
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from config import Config
+from utils.errors import UserError
+
+DEFAULT_CONFIG = "configs/celeba64.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4) and rejects duplicate keys."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and its `base:` file, apply overrides "section.key=value", and validate.
+
+    One UserError lists all unknown keys, wrong types and out-of-range values.
+    """
+    tree = _read_with_base(Path(path)) if path else {}
+    for override in overrides:
+        key, text = override.split("=", 1)
+        try:
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, TypeError, ValueError):
+            raise UserError(f"{key}: cannot read the value {text!r}") from None
+        section = tree
+        *section_names, name = key.split(".")
+        for section_name in section_names:
+            section = section.setdefault(section_name, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{key}: {section_name} is a value, not a section")
+        section[name] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_describe(error)) from None
+
+
+def _read_with_base(path: Path) -> dict:
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    base_tree = _read_yaml(path.parent / str(base))
+    if "base" in base_tree:
+        raise UserError(f"{path}: its base {base} has a base itself; only one level is supported")
+    return _merge(base_tree, tree)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        configs = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        raise UserError(
+            f"config {path} does not exist" + (f"; available: {', '.join(configs)}" if configs else "")
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
+    except (TypeError, ValueError) as error:  # a list as a key, or an invalid date
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        position = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{position}: {getattr(error, 'problem', None) or 'not valid YAML'}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config must be a mapping of sections")
+    return tree
+
+
+def _merge(base: dict, changes: dict) -> dict:
+    merged = dict(base)
+    for name, value in changes.items():
+        both_sections = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both_sections else value
+    return merged
+
+
+def _describe(error: ValidationError) -> str:
+    """Return all validation errors in one line."""
+    messages: dict[tuple[str, str], list[str]] = {}  # (key, value) -> messages, one per member of a union type
+    for entry in error.errors():
+        # pydantic adds the names of union members to the location; they are not part of the key.
+        union_member = r"^(literal|constrained|float|int|bool|str|dict|function|list)\b"
+        key = ".".join(str(part) for part in entry["loc"] if not re.match(union_member, str(part)))
+        value, message = f" (got {entry.get('input')!r})", entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "extra_forbidden":
+            value, message = "", f": unknown key{_suggestion(key)}"
+        elif entry["type"] == "model_type":
+            message = " must be a section"
+        elif not key:  # a rule across keys, whose message names them
+            value = ""
+        else:
+            # "Input should be greater than 0" -> "must be greater than 0"
+            message = " " + re.sub(r" after validation, not \d+$", "", re.sub(r"^\w+ should ", "must ", message))
+        if message not in messages.setdefault((key, value), []):
+            messages[key, value].append(message)
+    return "; ".join(
+        key + " or".join([first, *(other.replace(" must be", "", 1) for other in others)]) + value
+        for (key, value), (first, *others) in messages.items()
+    )
+
+
+def _suggestion(key: str) -> str:
+    """Look for a key in the same section that contains the name or is spelled similarly, then in other sections."""
+    section, _, name = key.rpartition(".")
+    known = [known_key for known_key, _ in walk(Config)] + ([] if section else list(Config.model_fields))
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    candidates = [
+        *(k for sibling, k in siblings.items() if name in sibling.split("_")),
+        *(siblings[sibling] for sibling in difflib.get_close_matches(name, siblings, n=1, cutoff=0.65)),
+        *difflib.get_close_matches(key, known, n=1, cutoff=0.8),
+        *(k for k in known if k.rpartition(".")[2] == name),
+    ]
+    return f", did you mean {candidates[0]}?" if candidates else "; --help lists all keys"
+
+
+def walk(model: type[BaseModel], prefix: str = ""):
+    """Yield (dotted name, field) for every key of a model, in order."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from walk(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def help_text(doc: str) -> str:
+    """Return the script's docstring, its usage, and every key with default, type and description."""
+    lines = [
+        doc.strip(),
+        "",
+        f"usage: python {Path(sys.argv[0]).name} [CONFIG] [section.key=value ...] [--dry-run] [--help]",
+        f"CONFIG is a YAML file, by default {DEFAULT_CONFIG}; `base: other.yaml` in it starts from another file.",
+        "--dry-run checks settings, files, disk space and memory, prints the plan and exits.",
+        "",
+        "settings: key = default   [type or choices]",
+    ]
+    previous_section = None
+    for name, field in walk(Config):
+        section = name.rpartition(".")[0]
+        if section != previous_section:
+            lines.append("")
+        previous_section = section
+        lines.append(f"  {name} = {_yaml_text(field.default)}   [{_type_name(field.annotation)}]")
+        lines += textwrap.wrap(field.description, 110, initial_indent=6 * " ", subsequent_indent=6 * " ")
+    return "\n".join(lines)
+
+
+def _type_name(annotation) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(args)
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is list:
+        return f"list of {_type_name(args[0])}"
+    if origin is Union:
+        return " | ".join("null" if arg is type(None) else _type_name(arg) for arg in args)
+    return annotation.__name__
+
+
+def _yaml_text(value) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
