@@ -1,7 +1,4 @@
-"""Typed settings of an experiment: every key with its type, default and description. utils/settings.py reads files into it.
-
-This module does not import torch, so --help and config errors are reported at once.
-"""
+"""Typed settings of an experiment. Does not import torch, so that --help is fast."""
 
 import os
 from pathlib import Path
@@ -348,7 +345,7 @@ class Config(Section):
     def diffusion_name(self) -> str:
         return self.diffusion.name or self.diffusion.schedule
 
-    # Rules across keys. Each message names the keys, because pydantic reports these errors without a location.
+    # Rules across keys. pydantic reports them without a location, so the messages name the keys.
 
     @model_validator(mode="after")
     def _check_names(self) -> "Config":

@@ -82,7 +82,7 @@ def encode(config: Config, dry_run: bool) -> None:
     if encoder:
         caption_bytes = len(texts) * TOKENS_PER_CAPTION * encoder.dim * 2
         num_bytes += caption_bytes
-        print(f"captions: {len(texts) - 1:,} through {encoder.model}, about {caption_bytes / 1e6:,.0f} MB")
+        print(f"captions: {len(texts) - 1:,}, embedded by {encoder.model}, about {caption_bytes / 1e6:,.0f} MB")
     require_space(config.run_dir, 2 * num_bytes)  # chunks and the final file exist at the same time
     if dry_run:
         return

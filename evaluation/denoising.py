@@ -39,9 +39,11 @@ def run(config: Config, dry_run: bool) -> None:
     paragraphs = [
         f"# Denoising error per log-SNR bin: {config.name}, {model.schedule.name} schedule, predicts {model.prediction}",
         f"{len(z):,} validation latents. The last column is the squared error of the clean estimate relative to the optimal "
-        f"denoiser for N(0, 1): 1 is no better than that. Rows are comparable between schedules and predictions; means only "
+        f"denoiser for N(0, 1): 1 is no better than that. A row is a bin of width 1 in log(alpha/sigma). Rows are comparable between schedules and predictions; means only "
         f"if they cover the same bins.",
-        markdown_table(["log(alpha/sigma)", "t", "squared error of z0", "relative to N(0, 1)"], rows),
+        markdown_table(
+            ["log(alpha/sigma)", "t", "squared error of z0", "relative to the optimal denoiser for N(0, 1)"], rows
+        ),
     ]
     origin = weights_origin("U-Net", model.checkpoint.fingerprint, model.checkpoint.metadata)
     write_report(config, name, device, origin, "\n\n".join(paragraphs))

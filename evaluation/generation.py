@@ -77,7 +77,9 @@ def run(config: Config, dry_run: bool) -> None:
         f"Compared with {len(train_rows):,} of {len(images.rows(TRAIN)):,} training images, not mirrored "
         f"({config.data.source}, crop {crop_name(config.data)}, {config.data.image_size} px), "
         f"in features of **{features.name}**.{small_set}",
-        f"Conditions of {min(num_images, len(encodings.val_mean)):,} validation images." if cond else "Unconditional.",
+        f"Conditions of {min(num_images, len(encodings.val_mean)):,} validation images."
+        if cond
+        else "Unconditional samples.",
         markdown_table(DISTANCE_HEADER, [distance.cells() for distance in distances]),
         f"Latents: generated/training std {stats['std_ratio']:.3f} overall, {stats['worst_channel_ratio']:.3f} in the worst "
         f"channel; {stats['clamped']:.2%} of clean estimates clamped; {stats['out_of_range']:.2%} of pixels out of range.",
@@ -152,10 +154,10 @@ def small_set_note(n: int, dim: int) -> str:
 
 def error_budget(generated: Distance, val: Distance, reconstructed: Distance) -> str:
     return (
-        f"Error budget: generated images have a Fréchet distance {generated.frechet - val.frechet:.1f} above that of "
-        f"validation images, {reconstructed.frechet - val.frechet:.1f} caused by the VAE and "
-        f"{generated.frechet - reconstructed.frechet:.1f} by the U-Net and its sampler. "
-        f"It is {generated.frechet / val.frechet:.2f} times that of validation images."
+        f"Error budget: the Fréchet distance of generated images is {generated.frechet / val.frechet:.2f} times that of "
+        f"validation images. Of the difference of {generated.frechet - val.frechet:.1f}, the VAE causes "
+        f"{reconstructed.frechet - val.frechet:.1f}, and the U-Net and its sampler "
+        f"{generated.frechet - reconstructed.frechet:.1f}."
     )
 
 

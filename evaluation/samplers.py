@@ -47,7 +47,8 @@ def run(config: Config, dry_run: bool) -> None:
     name = f"{config.name}_{config.diffusion_name}_samplers"
     summary = (
         f"U-Net with {num_params(model.unet) / 1e6:.1f}M parameters at step {model.checkpoint.metadata['step']:,}; "
-        f"{cfg.num_images:,} images from the same noise, {', '.join(cfg.samplers)} with {', '.join(map(str, cfg.steps))} steps"
+        f"{cfg.num_images:,} images from the same noise, {', '.join(cfg.samplers)} "
+        f"with {', '.join(map(str, cfg.steps))} steps"
     )
     print_plan(config, summary, device, dtype, [f"{name}.md", f"{name}.png"])
     if dry_run:
@@ -60,7 +61,7 @@ def run(config: Config, dry_run: bool) -> None:
     paragraphs = [
         f"# Samplers on {config.name}, {schedule} schedule",
         f"{summary}, in {str(dtype)[6:]}." + (" Conditions of validation images." if cond else ""),
-        f"*to the ODE*: RMS distance to the ODE solution ({REFERENCE}, {max(cfg.steps)} steps), in units of the latents' "
+        f"*RMS distance to the ODE solution* ({REFERENCE}, {max(cfg.steps)} steps): in units of the latents' "
         f"std. *distance*: sliced Wasserstein distance to the {len(val_z):,} validation latents; the same number of training "
         f"latents has {baseline:.4f}.",
         markdown_table(HEADER, [row.cells() for row in sorted(rows, key=lambda row: row.steps)]),
@@ -72,7 +73,16 @@ def run(config: Config, dry_run: bool) -> None:
     save_plot(Path(config.results_dir) / f"{name}.png", rows, baseline, title)
 
 
-HEADER = ("sampler", "steps", "spacing", "evaluations", "to the ODE", "std ratio", "distance", "seconds")
+HEADER = (
+    "sampler",
+    "steps",
+    "spacing",
+    "evaluations",
+    "RMS distance to the ODE solution",
+    "std ratio",
+    "distance",
+    "seconds",
+)
 
 
 @dataclass

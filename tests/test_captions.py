@@ -29,7 +29,14 @@ def as_zip(folder):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_jsonl(image_folder, tmp_path, zipped):
-    lines = [{"file_name": f"{i:02d}.jpg", "captions": [f"number {i}", " again\n" + str(i)], "split": "val" if i == 3 else "train"} for i in range(20)]  # fmt: skip
+    lines = [
+        {
+            "file_name": f"{i:02d}.jpg",
+            "captions": [f"number {i}", " again\n" + str(i)],
+            "split": "val" if i == 3 else "train",
+        }
+        for i in range(20)
+    ]
     lines[7] = {"file_name": "07.jpg", "text": "seven"}
     (image_folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     images = load_images(settings(tmp_path, as_zip(image_folder) if zipped else image_folder))

@@ -1,4 +1,4 @@
-"""Conditions: labels, words and CLIP through the U-Net, guidance on real networks, the transformer in the middle."""
+"""Conditioning on labels, words and CLIP embeddings, guidance on real networks, and the transformer bottleneck."""
 
 import json
 import shutil
@@ -7,16 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import Experiment
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dataset import conditions
+from dataset import TRAIN, conditions
 from dataset.encodings import CaptionEmbeddings, LatentDataset
+from dataset.text_encoder import TextEncoder
 from evaluation.generation import generate_images
 from models.conditioning import LabelEmbedder, TextEmbedder, WordEncoder, make_conditioner, split_words
 from models.layers import CrossAttention
+from models.schedules import to_z0
 from models.transformer import AdaLNZeroBlock, TransformerBottleneck
 from models.unet import UNet
+from pipeline import prompts
 from pipeline.latent_diffusion import LatentDiffusion
 from utils.errors import UserError
 from utils.settings import load_config
@@ -31,8 +35,8 @@ WORDS = [
 ]
 
 
-def noisy(net: nn.Module) -> nn.Module:
-    """Give layers that start at zero some weight, so that what hangs on them shows."""
+def perturb(net: nn.Module) -> nn.Module:
+    """Move all parameters off their initial values: zero-initialized layers would hide what they depend on."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -40,9 +44,11 @@ def noisy(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
-def unet(**settings) -> UNet:
+def perturbed_unet(**settings) -> UNet:
     torch.manual_seed(0)
-    return noisy(UNet(4, 8, [16, 32], 1, [4], 16, **settings))
+    return perturb(
+        UNet(in_channels=4, size=8, channels=[16, 32], num_res_blocks=1, attn_resolutions=[4], head_channels=16, **settings)
+    )
 
 
 def batch(n=3, seed=0):
@@ -53,8 +59,8 @@ def batch(n=3, seed=0):
 # Conditioners
 
 
-def test_labels_add_up_and_may_be_left_unsaid():
-    labels = LabelEmbedder({"colour": ["red", "green"], "shape": ["round", "square", "long"]}, 5)
+def test_label_embeddings_are_summed_and_null_labels_have_their_own():
+    labels = LabelEmbedder({"color": ["red", "green"], "shape": ["round", "square", "long"]}, 5)
     table = labels.table.weight
     (null,) = labels.null_like((torch.zeros(2, 2, dtype=torch.int64),))
     assert null.tolist() == [[2, 3], [2, 3]]
@@ -62,147 +68,162 @@ def test_labels_add_up_and_may_be_left_unsaid():
     torch.testing.assert_close(labels(null).emb[0], table[2] + table[3 + 3])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_dropout_rate(share):
+@pytest.mark.parametrize("prob", [0.0, 0.1, 0.5, 1.0])
+def test_dropout_rate(prob):
     torch.manual_seed(0)
     labels = LabelEmbedder({"class": ["a", "b", "c"]}, 4)
-    (kept,) = labels.drop((torch.ones(20_000, 1, dtype=torch.int64),), share)
-    assert float((kept == 3).float().mean()) == pytest.approx(share, abs=0.01) and set(kept.unique().tolist()) <= {1, 3}
+    (dropped,) = labels.drop((torch.ones(20_000, 1, dtype=torch.int64),), prob)
+    assert float((dropped == 3).float().mean()) == pytest.approx(prob, abs=0.01) and set(dropped.unique().tolist()) <= {1, 3}
     words = WordEncoder(["a"], 4, width=8)
-    (numbers,) = words.drop((words.encode(["a a"] * 5000)[0],), share)
-    assert float((numbers[:, 1] == WordEncoder.PADDING).float().mean()) == pytest.approx(share, abs=0.025)
+    (token_ids,) = words.drop((words.encode(["a a"] * 5000)[0],), prob)
+    assert float((token_ids[:, 1] == WordEncoder.PADDING).float().mean()) == pytest.approx(prob, abs=0.025)
 
 
-def test_of_several_labels_any_share_is_left_out():
-    """A uniform share of each image's labels: the mean is a half, and all and none are as likely as any other number."""
+def test_a_random_subset_of_several_labels_is_omitted():
+    """The omitted fraction is uniform, so 0 … K omitted labels are equally likely."""
     torch.manual_seed(0)
     labels = LabelEmbedder({str(k): ["no", "yes"] for k in range(9)}, 4)
-    (kept,) = labels.drop((torch.ones(40_000, 9, dtype=torch.int64),), 0.0)
-    shares = torch.bincount((kept == 2).sum(dim=1), minlength=10) / 40_000
-    assert shares.tolist() == pytest.approx([0.1] * 10, abs=0.01)
+    (dropped,) = labels.drop((torch.ones(40_000, 9, dtype=torch.int64),), 0.0)
+    frequencies = torch.bincount((dropped == 2).sum(dim=1), minlength=10) / 40_000
+    assert frequencies.tolist() == pytest.approx([0.1] * 10, abs=0.01)
 
 
-def test_words_by_hand():
+def test_splitting_and_encoding_words():
     assert split_words("Un café, собака") == ["un", "café", "собака"] == split_words("Un cafe\u0301, собака")
-    assert split_words("A man's hat, 2 dogs -- and Tri-colored!") == ["a", "man's", "hat", "2", "dogs", "and", "tri", "colored"]
+    assert split_words("A man's hat, 2 dogs -- and Tri-colored!") == [
+        "a",
+        "man's",
+        "hat",
+        "2",
+        "dogs",
+        "and",
+        "tri",
+        "colored",
+    ]
     words = WordEncoder(["dog", "red"], 4, width=8, max_words=3)
-    numbers, unknown = words.encode(["red dog", "", "dog cat red red red"])
-    assert numbers.tolist() == [[1, 4, 3, 0], [1, 0, 0, 0], [1, 3, 2, 4]] and unknown == {"cat"}
+    token_ids, unknown_words = words.encode(["red dog", "", "dog cat red red red"])
+    assert token_ids.tolist() == [[1, 4, 3, 0], [1, 0, 0, 0], [1, 3, 2, 4]] and unknown_words == {"cat"}
 
 
-def test_the_vocabulary_is_of_words_that_return():
+def test_vocabulary_contains_repeated_words_and_pairs():
     captions = [["a red dog", "a dog"], ["a cat"], ["red cat, a very red cat", "red cat"]]
     words, pairs = conditions.build_vocabulary(captions)
-    assert words == ["a", "cat", "dog", "red"]  # very: once
-    assert pairs == ["red cat"]  # of two captions; "a red", "red dog" and the others stand in one each
+    assert words == ["a", "cat", "dog", "red"]  # "very" occurs once
+    assert pairs == ["red cat"]  # all other pairs occur in one caption each
 
 
-def test_words_and_pairs_go_to_time_directly():
-    """What a caption adds beside the transformer's part: its words' and its known pairs' rows, each as often as it stands there."""
-    words = noisy(WordEncoder(["dog", "hat", "red"], 5, width=8, pairs=["red hat", "dog red"]))
-    plain = WordEncoder(["dog", "hat", "red"], 5, width=8)
-    plain.load_state_dict({**words.state_dict(), "ngram_table.weight": torch.zeros(7, 5)})
+def test_word_and_pair_embeddings_are_added_once_per_occurrence():
+    """A caption's embedding is the transformer's part plus one row of ngram_table per word and per known pair."""
+    words = perturb(WordEncoder(["dog", "hat", "red"], 5, width=8, pairs=["red hat", "dog red"]))
+    without_ngrams = WordEncoder(["dog", "hat", "red"], 5, width=8)
+    without_ngrams.load_state_dict({**words.state_dict(), "ngram_table.weight": torch.zeros(7, 5)})
     row = words.ngram_table.weight
     start, dog, hat, red, red_hat, dog_red, other = row[1], row[3], row[4], row[5], row[6], row[7], row[8]
-    for caption, sum_of_rows in {
-        "red hat": start + red + hat + other + red_hat,  # the pair (start, red) is no known one
+    for caption, expected in {
+        "red hat": start + red + hat + other + red_hat,  # the pair (start, red) is unknown
         "dog red hat": start + dog + red + hat + other + dog_red + red_hat,
         "hat red": start + hat + red + other + other,
         "": start,
     }.items():
         padded = words.encode([caption])[0]
         with torch.no_grad():
-            for n in (padded, padded[:, : (padded > 0).sum()]):
-                torch.testing.assert_close(words(n).emb - plain(n).emb, sum_of_rows[None], rtol=1e-4, atol=1e-5)
+            for token_ids in (padded, padded[:, : (padded > 0).sum()]):
+                difference = words(token_ids).emb - without_ngrams(token_ids).emb
+                torch.testing.assert_close(difference, expected[None], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["words", "text"])
-def test_padding_is_never_attended_to(kind):
-    """The same captions padded more: the same prediction. And the padding's content does not matter."""
-    settings = {"kind": "words", "vocabulary": list("abcdefgh"), "pairs": ["a b", "d e"], "width": 16, "max_words": 12} if kind == "words" else \
-        {"kind": "text", "model": "none", "token_dim": 16, "null_length": 2}  # fmt: skip
-    net = unet(conditioning=settings, cross_attention=[8, 4])
+def test_padding_does_not_change_the_prediction(kind):
+    """Neither the amount of padding nor its content matters."""
+    if kind == "words":
+        conditioning = dict(kind="words", vocabulary=list("abcdefgh"), pairs=["a b", "d e"], width=16, max_words=12)
+    else:
+        conditioning = dict(kind="text", model="none", token_dim=16, null_length=2)
+    net = perturbed_unet(conditioning=conditioning, cross_attn_resolutions=[8, 4])
     z, t = batch(2)
     if kind == "words":
-        numbers = net.conditioner.encode(["a b c", "d e f g h"])[0]
-        short, long = (numbers[:, :6],), (numbers,)
+        token_ids = net.conditioner.encode(["a b c", "d e f g h"])[0]
+        short, long = (token_ids[:, :6],), (token_ids,)
     else:
         tokens, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
         short = tokens, mask
         long = torch.cat([tokens, torch.full((2, 4, 16), 1e3)], 1), torch.cat([mask, torch.zeros(2, 4).bool()], 1)
     with torch.no_grad():
         torch.testing.assert_close(net(z, t, short), net(z, t, long), rtol=1e-4, atol=1e-5)
-        other = tuple(r.flip(0) for r in short)
-        assert not torch.allclose(net(z, t, short), net(z, t, other), atol=1e-3)  # it does read them
+        swapped = tuple(c.flip(0) for c in short)
+        assert not torch.allclose(net(z, t, short), net(z, t, swapped), atol=1e-3)  # the captions do matter
 
 
 def test_the_order_of_the_vocabulary_does_not_matter():
-    def of(vocabulary, pairs):
-        return unet(conditioning=dict(kind="words", vocabulary=vocabulary, pairs=pairs, width=16), cross_attention=[4])
+    def make(vocabulary, pairs):
+        conditioning = dict(kind="words", vocabulary=vocabulary, pairs=pairs, width=16)
+        return perturbed_unet(conditioning=conditioning, cross_attn_resolutions=[4])
 
-    net, turned = of(["a", "cat", "dog", "red"], ["a cat", "red dog"]), of(["red", "cat", "a", "dog"], ["red dog", "a cat"])
-    turned.load_state_dict(net.state_dict())
+    net = make(["a", "cat", "dog", "red"], ["a cat", "red dog"])
+    reordered = make(["red", "cat", "a", "dog"], ["red dog", "a cat"])
+    reordered.load_state_dict(net.state_dict())
     with torch.no_grad():
-        turned.conditioner.table.weight[3:] = net.conditioner.table.weight[[6, 4, 3, 5]]
-        turned.conditioner.ngram_table.weight[3:] = net.conditioner.ngram_table.weight[[6, 4, 3, 5, 8, 7, 9]]
+        reordered.conditioner.table.weight[3:] = net.conditioner.table.weight[[6, 4, 3, 5]]
+        reordered.conditioner.ngram_table.weight[3:] = net.conditioner.ngram_table.weight[[6, 4, 3, 5, 8, 7, 9]]
         z, t = batch(2)
-        a, b = (n(z, t, (n.conditioner.encode(["red dog", "a cat"])[0],)) for n in (net, turned))
+        a, b = (n(z, t, (n.conditioner.encode(["red dog", "a cat"])[0],)) for n in (net, reordered))
     assert torch.equal(a, b)
 
 
-def test_cross_attention_starts_as_the_identity_and_by_hand():
+def test_cross_attention_against_the_formula():
+    """The block starts as the identity. With weights and one head: softmax(q k / sqrt(8)) v over the unmasked tokens."""
     torch.manual_seed(0)
     block, x, tokens = CrossAttention(8, 6, 8), torch.randn(1, 8, 2, 2), torch.randn(1, 3, 6)
     mask = torch.tensor([[True, True, False]])
     assert torch.equal(block(x, tokens, mask), x)
-    noisy(block)
-    with torch.no_grad():  # one head: softmax(q k / sqrt(8)) v over the first two tokens
+    perturb(block)
+    with torch.no_grad():
         q = block.q(block.norm(x).flatten(2).transpose(1, 2))[0]
         k, v = block.kv(block.norm_tokens(tokens))[0, :2].chunk(2, dim=1)
-        by_hand = block.out(torch.softmax(q @ k.T / 8**0.5, dim=1) @ v).T.reshape(1, 8, 2, 2)
-        torch.testing.assert_close(block(x, tokens, mask), x + by_hand)
+        expected = block.out(torch.softmax(q @ k.T / 8**0.5, dim=1) @ v).T.reshape(1, 8, 2, 2)
+        torch.testing.assert_close(block(x, tokens, mask), x + expected)
 
 
-# The transformer in the middle
+# Transformer bottleneck
 
 
-def test_adaln_zero_is_the_identity_at_first():
+def test_adaln_zero_block_starts_as_the_identity():
     block, x = AdaLNZeroBlock(16, 2, 8), torch.randn(2, 5, 16)
     assert torch.equal(block(x, torch.randn(2, 8)), x)
-    noisy(block)
+    perturb(block)
     emb = torch.randn(2, 8)
-    assert not torch.allclose(block(x, emb), block(x, emb + 1.0))  # once trained it listens to time and class
+    assert not torch.allclose(block(x, emb), block(x, emb + 1.0))  # depends on the embedding
 
 
-def test_adaln_by_hand():
-    """x + g f(LN(x) (1 + s) + b), for the attention and then for the MLP (Peebles & Xie 2023, §3.2)."""
-    block, x, emb = noisy(AdaLNZeroBlock(16, 2, 8)), torch.randn(2, 5, 16), torch.randn(2, 8)
+def test_adaln_zero_block_against_the_formula():
+    """x + gate f(LN(x) (1 + scale) + shift), for the attention and then for the MLP (Peebles & Xie 2023, §3.2)."""
+    block, x, emb = perturb(AdaLNZeroBlock(16, 2, 8)), torch.randn(2, 5, 16), torch.randn(2, 8)
     with torch.no_grad():
-        s1, b1, g1, s2, b2, g2 = block.modulation(nn.functional.silu(emb))[:, None].split(16, dim=2)
+        scale1, shift1, gate1, scale2, shift2, gate2 = block.modulation(nn.functional.silu(emb))[:, None].split(16, dim=2)
         norm = lambda y: (y - y.mean(2, keepdim=True)) / (y.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
-        h = x + g1 * block.attention(norm(x) * (1 + s1) + b1)
-        torch.testing.assert_close(block(x, emb), h + g2 * block.mlp(norm(h) * (1 + s2) + b2))
+        h = x + gate1 * block.attention(norm(x) * (1 + scale1) + shift1)
+        torch.testing.assert_close(block(x, emb), h + gate2 * block.mlp(norm(h) * (1 + scale2) + shift2))
 
 
 def test_positions_are_interpolated_to_other_sizes():
-    net = unet(bottleneck="transformer", bottleneck_blocks=2)
+    net = perturbed_unet(bottleneck="transformer", bottleneck_blocks=2)
     bottleneck = net.middle[0]
     assert isinstance(bottleneck, TransformerBottleneck) and bottleneck.positions.shape == (1, 32, 4, 4)
     z = torch.randn(1, 4, 16, 16)
     assert net(z, torch.tensor([5])).shape == z.shape
-    with torch.no_grad():  # without positions tokens are a set: the same map turned gives the same map turned
+    with torch.no_grad():  # without positions, the bottleneck commutes with flips
         x, emb = torch.randn(1, 32, 4, 4), torch.randn(1, 64)
-        turned = lambda: (bottleneck(x.flip(3), emb) - bottleneck(x, emb).flip(3)).abs().max()
-        assert turned() > 1e-2
+        flip_error = lambda: (bottleneck(x.flip(3), emb) - bottleneck(x, emb).flip(3)).abs().max()
+        assert flip_error() > 1e-2
         bottleneck.positions.zero_()
-        assert turned() < 1e-4
+        assert flip_error() < 1e-4
 
 
 def test_bad_networks():
-    with pytest.raises(ValueError, match="names none of the latent's widths in the U-Net, 8, 4"):
-        unet(conditioning={"kind": "words", "vocabulary": ["a"]}, cross_attention=[16])
-    with pytest.raises(ValueError, match="residual, transformer"):
-        unet(bottleneck="none")
+    with pytest.raises(ValueError, match=r"cross_attn_resolutions must include .*, 8, 4 \(got \[16\]\)"):
+        perturbed_unet(conditioning={"kind": "words", "vocabulary": ["a"]}, cross_attn_resolutions=[16])
+    with pytest.raises(ValueError, match=r"bottleneck must be residual or transformer \(got 'none'\)"):
+        perturbed_unet(bottleneck="none")
     with pytest.raises(KeyError):
         make_conditioner({"kind": "smell"}, 4)
 
@@ -212,7 +233,7 @@ def test_bad_networks():
 
 @pytest.fixture(scope="module")
 def conditional(trained, tmp_path_factory):
-    """The tiny experiment with three more U-Nets: by attributes, by words, and with a transformer by attributes."""
+    """The tiny experiment with three more U-Nets: two conditioned on labels, one of them a transformer, and one on words."""
     folder = tmp_path_factory.mktemp("conditional")
     shutil.copytree(trained.folder, folder, dirs_exist_ok=True)
     experiment = Experiment(folder)
@@ -222,50 +243,47 @@ def conditional(trained, tmp_path_factory):
     return experiment
 
 
-def model_of(experiment, *overrides):
+def load_model(experiment, *overrides):
     config = load_config(experiment.config, experiment.argv(*overrides)[1:])
-    return LatentDiffusion(config, torch.device("cpu"), torch.float32), config.sampling
+    return LatentDiffusion.load(config, torch.device("cpu"), torch.float32), config.sampling
 
 
-@pytest.mark.parametrize("kind", [CLASSES, WORDS], ids=["classes", "words"])
-def test_guidance_on_a_real_network(conditional, kind):
-    """w = 1 is conditional and w = 0 unconditional, one batch of two halves is two passes, and w = 3 is their line."""
-    model, s = model_of(conditional, *kind)
-    noisy(model.unet)
-    cond = (torch.tensor([[0, 1], [3, 0]]),) if kind is CLASSES else (model.unet.conditioner.encode(["a man with red hair", "a hat"])[0],)  # fmt: skip
-    z, t = torch.randn(2, *model.shape), torch.full((2,), 500)
-    at = lambda w, cond=cond: model.denoiser(s.model_copy(update={"guidance": w}), cond)(z, t)
-    null = model.unet.conditioner.null_like(cond)
-    cond, uncond = at(1.0), at(1.0, null)
-    assert not torch.allclose(cond, uncond, atol=1e-3)
-    torch.testing.assert_close(at(0.0), uncond, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(at(3.0), uncond + 3 * (cond - uncond), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("options", [CLASSES, WORDS], ids=["classes", "words"])
+def test_guidance_on_a_real_network(conditional, options):
+    """One batch of two halves equals two passes: w = 1 is conditional, w = 0 unconditional, w = 3 extrapolates linearly."""
+    model, cfg = load_model(conditional, *options)
+    perturb(model.unet)
+    labels, captions = torch.tensor([[0, 1], [3, 0]]), ["a man with red hair", "a hat"]
+    cond = (labels,) if options is CLASSES else (model.unet.conditioner.encode(captions)[0],)
+    z, t = torch.randn(2, *model.latent_shape), torch.full((2,), 500)
+    denoise = lambda guidance, cond: model.denoiser(cfg.model_copy(update={"guidance": guidance}), cond)(z, t)
+    conditional_z0, unconditional_z0 = denoise(1.0, cond), denoise(1.0, model.unet.conditioner.null_like(cond))
+    assert not torch.allclose(conditional_z0, unconditional_z0, atol=1e-3)
+    torch.testing.assert_close(denoise(0.0, cond), unconditional_z0, rtol=1e-4, atol=1e-5)
+    expected = unconditional_z0 + 3 * (conditional_z0 - unconditional_z0)
+    torch.testing.assert_close(denoise(3.0, cond), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_autoguidance_guides_away_from_a_snapshot(conditional, capsys):
+def test_autoguidance_guides_away_from_a_snapshot(conditional):
     snapshot = conditional.run_dir / "classes" / "snapshots" / "step_0000003.safetensors"
-    model, s = model_of(conditional, *CLASSES, f"sampling.autoguidance={snapshot}", "sampling.guidance=2.0")
-    cond, z, t = (torch.tensor([[0, 1]]),), torch.randn(1, *model.shape), torch.tensor([500])
-    good, weak = (
-        model_of(conditional, *CLASSES)[0].denoiser(s.model_copy(update={"guidance": 1.0}), cond)(z, t),
-        model.weaker(z, t, cond),
-    )
-    from models.schedules import to_z0
-
-    weak = to_z0("eps", weak, z, model.schedule.alpha(500).float(), model.schedule.sigma(500).float())
-    torch.testing.assert_close(model.denoiser(s, cond)(z, t), weak + 2 * (good - weak), rtol=1e-4, atol=1e-4)
-    assert conditional.run("infer", *CLASSES, f"sampling.autoguidance={snapshot}", "sampling.guidance=2") == 0
+    options = [*CLASSES, f"sampling.autoguidance={snapshot}", "sampling.guidance=2.0"]
+    model, cfg = load_model(conditional, *options)
+    cond, z, t = (torch.tensor([[0, 1]]),), torch.randn(1, *model.latent_shape), torch.tensor([500])
+    good = load_model(conditional, *CLASSES)[0].denoiser(cfg.model_copy(update={"guidance": 1.0}), cond)(z, t)
+    eps = model._guidance_forward(z, t, *cond)
+    weak = to_z0("eps", eps, z, model.schedule.alpha(500).float(), model.schedule.sigma(500).float())
+    torch.testing.assert_close(model.denoiser(cfg, cond)(z, t), weak + 2 * (good - weak), rtol=1e-4, atol=1e-4)
+    assert conditional.run("infer", *options) == 0
 
 
-def test_a_row_for_each_request_with_its_title(conditional, capsys):
-    from PIL import Image
-
-    asked = "sampling.labels=[{hair_color: red, glasses: yes}, {glasses: 0}, {}]"
-    assert conditional.run("infer", *CLASSES, asked, "sampling.guidance=2", "sampling.trajectory_frames=3", "sampling.cols=2") == 0
+def test_one_titled_row_per_label_request(conditional):
+    labels = "sampling.labels=[{hair_color: red, glasses: yes}, {glasses: 0}, {}]"
+    options = ["sampling.guidance=2", "sampling.trajectory_frames=3", "sampling.cols=2"]
+    assert conditional.run("infer", *CLASSES, labels, *options) == 0
     path = conditional.folder / "results" / "tiny_classes_ddim_3x2_w2.png"
-    picture = Image.open(path)
-    assert json.loads(picture.text["asked"]) == ["hair_color red, glasses yes", "glasses no", "anything"]
-    assert picture.width == 2 * 16 + 2 and picture.height > 3 * (16 + 2 + 14) - 2
+    grid = Image.open(path)
+    assert json.loads(grid.text["prompts"]) == ["hair_color red, glasses yes", "glasses no", "any"]
+    assert grid.width == 2 * 16 + 2 and grid.height > 3 * (16 + 2 + 14) - 2
     strip = Image.open(path.with_name(path.stem + "_strip.png"))
     assert strip.width == 3 * 16 + 4 and path.with_name(path.stem + "_strip.gif").exists()
 
@@ -292,35 +310,39 @@ def test_evaluation_uses_the_conditions_of_validation_images(conditional, monkey
     assert torch.equal(three, expected[[0, 4, 7]])  # evenly spaced among eight
 
 
-def test_a_mirrored_latent_keeps_its_images_condition(conditional, monkeypatch):
-    """Row n + i is image i mirrored: the labels asked for are those of rows modulo n."""
+def test_mirrored_latents_have_the_condition_of_their_image(conditional, monkeypatch):
+    """Row n + i is image i mirrored, so conditions are gathered for rows modulo n."""
     import train_diffusion
 
-    latents, asked, original, take = [], [], conditions.of_split, train_diffusion.BatchLoader.take
+    latent_rows, cond_rows = [], []
+    conditions_for_split, batch = train_diffusion.conditions_for_split, train_diffusion.BatchLoader.batch
 
-    def watched(conditioner, encodings, val, device):
-        found = original(conditioner, encodings, val, device)
-        inner = found.take
-        if not val:
-            found.take = lambda rows: asked.append(rows) or inner(rows)
-        return found
+    def recorded_conditions(conditioner, encodings, split, device):
+        result = conditions_for_split(conditioner, encodings, split, device)
+        gather = result.gather
+        if split == TRAIN:
+            result.gather = lambda rows: cond_rows.append(rows) or gather(rows)
+        return result
 
-    monkeypatch.setattr(conditions, "of_split", watched)
-    monkeypatch.setattr(
-        train_diffusion.BatchLoader, "take", lambda self, now, then=None: latents.append(now) or take(self, now, then)
-    )
+    def recorded_batch(self, rows, next_rows=None):
+        latent_rows.append(rows)
+        return batch(self, rows, next_rows)
+
+    monkeypatch.setattr(train_diffusion, "conditions_for_split", recorded_conditions)
+    monkeypatch.setattr(train_diffusion.BatchLoader, "batch", recorded_batch)
     assert conditional.run("train_diffusion", *CLASSES, "diffusion.name=mirrors") == 0
-    rows = torch.cat(latents)
-    assert int(rows.max()) >= 48 and torch.equal(torch.cat(asked), rows % 48)
+    rows = torch.cat(latent_rows)
+    assert int(rows.max()) >= 48 and torch.equal(torch.cat(cond_rows), rows % 48)
 
 
-def test_words_that_are_not_known_are_named(conditional, capsys):
-    assert conditional.run("infer", *WORDS, "sampling.prompts=[a man with red hair, a zebra]", "sampling.trajectory_frames=2") == 0
+def test_unknown_words_are_named(conditional, capsys):
+    options = ["sampling.prompts=[a man with red hair, a zebra]", "sampling.trajectory_frames=2"]
+    assert conditional.run("infer", *WORDS, *options) == 0
     out = capsys.readouterr().out
-    assert "warning: the model knows no word 'zebra'" in out and "'man'" not in out
+    assert "warning: 'zebra' is not in the model's vocabulary" in out and "'man'" not in out
 
 
-def test_a_class_model_of_one_label_draws_every_class(experiment, image_folder, capsys):
+def test_a_model_with_one_label_samples_every_class_by_default(experiment, image_folder, capsys):
     for i, path in enumerate(sorted(image_folder.iterdir())):
         folder = image_folder / ("cats" if i % 2 else "dogs")
         folder.mkdir(exist_ok=True)
@@ -328,38 +350,33 @@ def test_a_class_model_of_one_label_draws_every_class(experiment, image_folder, 
     options = ("data.source=folder", f"data.path={image_folder}", "diffusion.condition=class")
     experiment.train_all(*options)
     assert experiment.run("infer", *options, "sampling.cols=2", "sampling.guidance=3") == 0
-    from PIL import Image
-
     grid = Image.open(experiment.folder / "results" / "tiny_cosine_ddim_2x2_w3.png")
-    assert json.loads(grid.text["asked"]) == ["cats", "dogs"]
+    assert json.loads(grid.text["prompts"]) == ["cats", "dogs"]
     assert experiment.run("infer", *options, "sampling.labels=[dogs, 2]") == 2
-    assert "class has no 2; there are: 0 cats, 1 dogs" in capsys.readouterr().err
+    assert "class has no value 2; its values are 0 cats, 1 dogs" in capsys.readouterr().err
 
 
-def test_resuming_with_conditions_is_bitwise_the_same(conditional, tmp_path):
-    """Captions and what is dropped of labels are drawn anew on resume exactly as in one go."""
-    from conftest import Experiment
-    from safetensors.torch import load_file
-
-    for kind in (CLASSES, WORDS):
-        folder = tmp_path / kind[-1]  # with a "=" in it, which makes no setting of the config's path
-        shutil.copytree(conditional.folder, folder)
-        experiment = Experiment(folder)
-        for steps in (3, 6):
-            assert experiment.run("train_diffusion", *kind, "diffusion.name=again", f"diffusion.steps={steps}") == 0  # fmt: skip
-        name = kind[-1].split("=")[1]
-        once, twice = (load_file(experiment.run_dir / n / "unet.safetensors") for n in (name, "again"))
-        assert all(torch.equal(once[k], twice[k]) for k in once)
+@pytest.mark.parametrize("options", [CLASSES, WORDS], ids=["classes", "words"])
+def test_resuming_with_conditions_is_bitwise_exact(conditional, tmp_path, options):
+    """The choice of captions and the dropped labels are the same with and without an interruption."""
+    folder = tmp_path / "name=value"  # a "=" in the path of the config does not make it an override
+    shutil.copytree(conditional.folder, folder)
+    experiment = Experiment(folder)
+    for steps in (3, 6):
+        assert experiment.run("train_diffusion", *options, "diffusion.name=resumed", f"diffusion.steps={steps}") == 0
+    name = options[-1].split("=")[1]
+    at_once, resumed = (load_file(experiment.run_dir / n / "unet.safetensors") for n in (name, "resumed"))
+    assert all(torch.equal(at_once[k], resumed[k]) for k in at_once)
 
 
 @pytest.mark.parametrize("model, options, message", [
-    (CLASSES, ["sampling.labels=[{hair_color: 6}]"], "hair_color has no 6; there are: 0 black"),
-    (CLASSES, ["sampling.labels=[{smell: 1}]"], "'smell' is not a label of this model; there are: hair_color, glasses"),
-    (CLASSES, ["sampling.labels=[red]"], "say which, as in {hair_color: red}"),
+    (CLASSES, ["sampling.labels=[{hair_color: 6}]"], "hair_color has no value 6; its values are 0 black"),
+    (CLASSES, ["sampling.labels=[{smell: 1}]"], "'smell' is not a label of this model; its labels are hair_color, glasses"),
+    (CLASSES, ["sampling.labels=[red]"], "must name its kind of label, for example {hair_color: red}"),
     (CLASSES, ["sampling.prompts=[a man]"], "trained on labels, not on captions; use sampling.labels"),
     (WORDS, ["sampling.labels=[1]"], "trained on captions, not on labels; use sampling.prompts"),
-    ([], ["sampling.labels=[1]"], "this model is unconditional; train one with diffusion.condition=class"),
-    ([], ["sampling.prompts=[a man]"], "this model is unconditional; train one with diffusion.condition=text"),
+    ([], ["sampling.labels=[1]"], "this model is unconditional; remove the setting, or train with diffusion.condition=class"),
+    ([], ["sampling.prompts=[a man]"], "this model is unconditional; remove the setting, or train with diffusion.condition=text"),
     ([], ["sampling.guidance=3"], "sampling.guidance must be 1 if diffusion.condition=none (got 3)"),
     ([], ["sampling.guidance=3", "sampling.autoguidance=none.safetensors"], "none.safetensors does not exist"),
     ([], ["sampling.labels=[1]", "sampling.prompts=[a]"], "are mutually exclusive"),
@@ -372,7 +389,7 @@ def test_bad_requests(conditional, capsys, model, options, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["diffusion.condition=class", "diffusion.labels=[hat, smell]"], "'smell' is not among the labels"),
+    (["diffusion.condition=class", "diffusion.labels=[hat, smell]"], "diffusion.labels: unknown label 'smell'"),
     (["diffusion.condition=text"], "needs text.encoder=clip or words"),
     (["sampling.guidance=3"], "sampling.guidance must be 1 if diffusion.condition=none (got 3)"),
     (["diffusion.condition=text", "text.encoder=words"], "diffusion.cross_attn_resolutions must contain at least one of 8, 4"),
@@ -394,7 +411,7 @@ def test_images_without_labels_or_captions(experiment, image_folder, capsys):
     assert "have no labels" in err and "have no captions" in err
 
 
-# CLIP: a tiny random one, saved as the real one is, goes through the very same code
+# CLIP: a tiny random text encoder, saved in the format of the real one
 
 
 @pytest.fixture(scope="module")
@@ -415,102 +432,115 @@ def tiny_clip(tmp_path_factory):
     return folder
 
 
-def test_clip_tokens_are_those_of_the_caption_alone(tiny_clip):
-    """Whatever it is batched with; against transformers on each caption without padding. What is too long is cut at 77."""
+def test_clip_embeddings_do_not_depend_on_the_batch(tiny_clip):
+    """Compared with transformers on each caption alone, without padding. Captions are truncated to 77 tokens."""
     from transformers import AutoTokenizer, CLIPTextModel
-
-    from dataset.text_encoder import TextEncoder
 
     encoder = TextEncoder(str(tiny_clip), torch.device("cpu"))
     captions = ["red", "", "a long red dog of many words", "x " * 100]
-    found = encoder.encode(captions)
+    embeddings = encoder.encode(captions)
     tokenizer, net = AutoTokenizer.from_pretrained(str(tiny_clip)), CLIPTextModel.from_pretrained(tiny_clip).eval()
-    for caption, states in zip(captions[:3], found):
+    for caption, states in zip(captions[:3], embeddings):
         with torch.no_grad():
-            alone = net(**tokenizer([caption], return_tensors="pt")).last_hidden_state[0]
-        torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-5)
-    assert [len(states) for states in found] == [3, 2, 22, 77] and encoder.num_truncated == 1
+            expected = net(**tokenizer([caption], return_tensors="pt")).last_hidden_state[0]
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+    assert [len(states) for states in embeddings] == [3, 2, 22, 77] and encoder.num_truncated == 1
 
 
-def test_caption_embeddings_are_ragged():
+def test_caption_embeddings_of_different_lengths():
     embeddings = [torch.full((n, 3), float(n)) for n in (4, 2, 5, 2)]
     stored = CaptionEmbeddings.from_encoder(SimpleNamespace(model="m", fingerprint="f"), embeddings)
-    tokens, mask = stored.take(torch.tensor([2, 0]), "cpu")
+    tokens, mask = stored.tokens(torch.tensor([2, 0]), "cpu")
     assert mask.sum(1).tolist() == [5, 4] and tokens.shape == (2, 5, 3) and torch.equal(tokens[1, 4], torch.zeros(3))
     assert torch.equal(tokens[0], embeddings[2]) and torch.equal(tokens[1, :4], embeddings[0])
     assert torch.equal(stored.null(), embeddings[3])
 
 
-def test_text_by_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
+def test_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     experiment = Experiment(tmp_path)
-    clip = ["diffusion.condition=text", "text.encoder=clip", f"text.model={tiny_clip}", "diffusion.cross_attn_resolutions=[8,4]", "diffusion.name=clip"]  # fmt: skip
-    assert experiment.run("create_encodings", *clip) == 0 and "captions: 56 through" in capsys.readouterr().out
-    from dataset.encodings import LatentDataset
-
+    clip = [
+        "diffusion.condition=text",
+        "text.encoder=clip",
+        f"text.model={tiny_clip}",
+        "diffusion.cross_attn_resolutions=[8,4]",
+        "diffusion.name=clip",
+    ]
+    assert experiment.run("create_encodings", *clip) == 0 and "captions: 56, embedded by" in capsys.readouterr().out
     encodings = LatentDataset.load(experiment.run_dir / "encodings.pt")
     assert len(encodings.text.lengths) == 56 + 1 and len(encodings.text.null()) == 2
     assert experiment.run("create_encodings", *clip) == 0 and "up to date" in capsys.readouterr().out
     assert experiment.run("train_diffusion", *clip) == 0
-    model, _ = model_of(experiment, *clip)
+    model, _ = load_model(experiment, *clip)
     assert torch.equal(model.unet.conditioner.null_tokens, encodings.text.null())
-    assert (
-        experiment.run("infer", *clip, "sampling.prompts=[red, a red dog]", "sampling.guidance=4", "sampling.trajectory_frames=2") == 0
-    )
+    options = ["sampling.prompts=[red, a red dog]", "sampling.guidance=4", "sampling.trajectory_frames=2"]
+    assert experiment.run("infer", *clip, *options) == 0
     assert (tmp_path / "results" / "tiny_clip_ddim_2x3_w4_strip.png").exists()
 
-    moved = shutil.copytree(tiny_clip, tmp_path / "moved")  # it is known by its weights, not by where it lies
-    assert experiment.run("infer", *clip, f"text.model={moved}", "sampling.prompts=[red]") == 0
+
+def test_clip_is_identified_by_its_weights_not_by_its_path(trained, tiny_clip, tmp_path, capsys):
+    shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
+    experiment, moved = Experiment(tmp_path), tmp_path / "moved"
+    clip = [
+        "diffusion.condition=text",
+        "text.encoder=clip",
+        f"text.model={tiny_clip}",
+        "diffusion.cross_attn_resolutions=[8,4]",
+        "diffusion.name=clip",
+    ]
+    assert experiment.run("create_encodings", *clip) == 0 and experiment.run("train_diffusion", *clip) == 0
+
+    clip[2] = f"text.model={shutil.copytree(tiny_clip, moved)}"
+    assert experiment.run("infer", *clip, "sampling.prompts=[red]") == 0
     capsys.readouterr()
-    assert experiment.run("create_encodings", *clip, f"text.model={moved}") == 0 and "up to date" in capsys.readouterr().out
-    assert (
-        experiment.run("train_diffusion", *clip, f"text.model={moved}") == 0 and "already trained" in capsys.readouterr().out
-    )
+    assert experiment.run("create_encodings", *clip) == 0 and "up to date" in capsys.readouterr().out
+    assert experiment.run("train_diffusion", *clip) == 0 and "already trained" in capsys.readouterr().out
+
     weights = load_file(moved / "model.safetensors")
-    save_file(
-        {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}, moved / "model.safetensors", {"format": "pt"}
-    )
+    other_weights = {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}
+    save_file(other_weights, moved / "model.safetensors", {"format": "pt"})
     capsys.readouterr()
-    assert experiment.run("infer", *clip, f"text.model={moved}", "sampling.prompts=[red]") == 2
+    assert experiment.run("infer", *clip, "sampling.prompts=[red]") == 2
     assert "has other weights than" in capsys.readouterr().err
-    assert (
-        experiment.run("create_encodings", *clip, f"text.model={moved}") == 0 and "up to date" not in capsys.readouterr().out
-    )
-    assert experiment.run("evaluate", *clip, f"text.model={moved}", "evaluation.task=loss", "evaluation.num_images=8") == 2
+    assert experiment.run("create_encodings", *clip) == 0 and "up to date" not in capsys.readouterr().out
+    assert experiment.run("evaluate", *clip, "evaluation.task=loss", "evaluation.num_images=8") == 2
     assert "were embedded by" in capsys.readouterr().err
 
 
-def test_captions_are_embedded_in_parts(trained, tiny_clip, tmp_path, monkeypatch, capsys):
-    """Interrupted after two of its three parts, and with another batch: the embeddings are those made at once, in their order."""
+def test_interrupted_caption_embedding_resumes(trained, tiny_clip, tmp_path, monkeypatch):
+    """Interrupted after two of three chunks and resumed with another batch size: the same embeddings in the same order."""
     import create_encodings
-    from dataset.encodings import LatentDataset
 
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
-    experiment, save, written = Experiment(tmp_path), create_encodings.save_tensors, []
+    experiment, save_tensors, written = Experiment(tmp_path), create_encodings.save_tensors, []
     clip = ["text.encoder=clip", f"text.model={tiny_clip}", "diffusion.cross_attn_resolutions=[8,4]"]
     assert experiment.run("create_encodings", *clip) == 0
     path = experiment.run_dir / "encodings.pt"
-    whole = LatentDataset.load(path).text
+    expected = LatentDataset.load(path).text
     path.unlink()
 
-    def interrupted(file, content):
-        if len([name for name in written if "captions" in name]) == 2:
-            raise KeyboardInterrupt
-        written.append(file.name)
-        save(file, content)
+    def caption_chunks():
+        return [name for name in written if "captions" in name]
 
-    monkeypatch.setattr(create_encodings, "PART", 20)
-    monkeypatch.setattr(create_encodings, "save_tensors", interrupted)
+    def recorded_save(file, content):
+        written.append(file.name)
+        save_tensors(file, content)
+
+    def interrupted_save(file, content):
+        if len(caption_chunks()) == 2:
+            raise KeyboardInterrupt
+        recorded_save(file, content)
+
+    monkeypatch.setattr(create_encodings, "CHUNK", 20)
+    monkeypatch.setattr(create_encodings, "save_tensors", interrupted_save)
     assert experiment.run("create_encodings", *clip) == 130 and not path.exists()
-    monkeypatch.setattr(
-        create_encodings, "save_tensors", lambda file, content: (written.append(file.name), save(file, content))
-    )
+    monkeypatch.setattr(create_encodings, "save_tensors", recorded_save)
     assert experiment.run("create_encodings", *clip, "encodings.batch_size=7") == 0
-    assert len(written) == len(set(written)) and len([name for name in written if "captions" in name]) == 3
+    assert len(written) == len(set(written)) and len(caption_chunks()) == 3
     text = LatentDataset.load(path).text
-    assert text.lengths.tolist() == whole.lengths.tolist()
-    torch.testing.assert_close(text.values, whole.values, rtol=2e-3, atol=2e-3)
-    assert not list(experiment.run_dir.glob("encodings.parts*"))
+    assert text.lengths.tolist() == expected.lengths.tolist()
+    torch.testing.assert_close(text.values, expected.values, rtol=2e-3, atol=2e-3)
+    assert not list(experiment.run_dir.glob("encodings.chunks*"))
 
 
 def test_a_text_encoder_that_cannot_be_loaded(trained, tmp_path, capsys):
@@ -519,36 +549,36 @@ def test_a_text_encoder_that_cannot_be_loaded(trained, tmp_path, capsys):
     assert len(error) == 1 and "cannot be loaded" in error[0] and "text.model=FOLDER" in error[0], error
 
 
-def test_text_reads_the_last_token_that_is_no_padding():
-    text = TextEmbedder("m", 3, 2, 4)
+def test_text_embedding_is_that_of_the_last_unmasked_token():
+    text = TextEmbedder(model="m", token_dim=3, null_length=2, emb_dim=4)
     tokens, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     torch.testing.assert_close(text(tokens, mask).emb, text.to_emb(torch.stack([tokens[0, 1], tokens[1, 3]])))
 
 
-def test_other_labels_than_the_model_was_trained_with_are_refused(conditional):
-    model, _ = model_of(conditional, *CLASSES)
-    encodings = LatentDataset.load(conditional.run_dir / "encodings.pt")
-    conditions.of_split(model.unet.conditioner, encodings, True, torch.device("cpu"))
+def test_labels_that_differ_from_training_are_refused(conditional):
+    model, _ = load_model(conditional, *CLASSES)
+    encodings, cpu = LatentDataset.load(conditional.run_dir / "encodings.pt"), torch.device("cpu")
+    conditions.conditions_for_split(model.unet.conditioner, encodings, TRAIN, cpu)
     names = encodings.label_names
     for changed in ({**names, "glasses": ["yes", "no"]}, {k: v for k, v in names.items() if k != "glasses"}, {}):
         encodings.label_names = changed
         with pytest.raises(UserError, match="glasses: (yes|no such label)|hair_color: no such label"):
-            conditions.of_split(model.unet.conditioner, encodings, True, torch.device("cpu"))
-    model, _ = model_of(conditional, *WORDS)
+            conditions.conditions_for_split(model.unet.conditioner, encodings, TRAIN, cpu)
+    model, _ = load_model(conditional, *WORDS)
     encodings.captions = encodings.val_captions = None
     with pytest.raises(UserError, match="holds no captions"):
-        conditions.of_split(model.unet.conditioner, encodings, True, torch.device("cpu"))
+        conditions.conditions_for_split(model.unet.conditioner, encodings, TRAIN, cpu)
 
 
-def test_guidance_needs_a_null_condition_that_is_trained(trained, tmp_path, capsys):
-    """One kind of label is never left unsaid without cfg_dropout; of several any is, and so all at times."""
+def test_guidance_needs_a_trained_null_condition(trained, tmp_path, capsys):
+    """With cfg_dropout=0 a single label is never dropped. Of several labels a random subset is, so the null occurs."""
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     experiment = Experiment(tmp_path)
     for labels, code in (("[hat]", 2), ("[hat, glasses]", 0)):
         options = (
             "diffusion.condition=class",
             f"diffusion.labels={labels}",
-            f"diffusion.name=n{code}",
+            f"diffusion.name=exit_code_{code}",
             "diffusion.cfg_dropout=0",
         )
         assert experiment.run("train_diffusion", *options) == 0
@@ -556,12 +586,13 @@ def test_guidance_needs_a_null_condition_that_is_trained(trained, tmp_path, caps
     assert "was trained with diffusion.cfg_dropout=0" in capsys.readouterr().err
 
 
-def test_an_error_names_what_the_user_can_do():
+def test_text_conditioning_without_an_encoder_names_the_setting():
     with pytest.raises(UserError, match="needs text.encoder"):
         load_config(None, ["diffusion.condition=text"])
 
 
-def test_a_class_called_by_a_number_is_taken_by_its_name():
-    assert [conditions._index("class", value, ["1", "10", "2"]) for value in (1, 10, "2", 0)] == [0, 1, 2, 0]
-    every = conditions.requested(load_config(None), LabelEmbedder({"class": ["1", "10", "2"]}, 8), torch.device("cpu"))
-    assert every.raw[0].tolist() == [[0], [1], [2]]
+def test_class_names_take_precedence_over_class_indices():
+    classes = ["1", "10", "2"]
+    assert [prompts._class_index("class", value, classes) for value in (1, 10, "2", 0)] == [0, 1, 2, 0]
+    all_classes = prompts.read_prompts(load_config(None), LabelEmbedder({"class": classes}, 8), torch.device("cpu"))
+    assert all_classes.cond[0].tolist() == [[0], [1], [2]]

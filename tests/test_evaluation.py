@@ -66,7 +66,7 @@ def mobilenet(tmp_path_factory):
 
 
 def test_keras_weights_use_the_padding_of_keras(mobilenet):
-    """Keras pads strided 3x3 convolutions on the right and at the bottom: output (0, 0) sees pixels 0 … 2, in torch 0 … 1."""
+    """Output (0, 0) of a strided 3x3 convolution sees pixels 0 … 2 in Keras, 0 … 1 in torch."""
     networks = [make_features(name, str(mobilenet), CPU) for name in ("mobilenet_v2", "mobilenet_v2_keras")]
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     features = [network(pixels, 3) for network in networks]

@@ -99,12 +99,16 @@ def test_empty_and_missing_folders(tmp_path, capsys):
     assert gallery.main([str(tmp_path / "none")]) == 2 and "is not a folder" in capsys.readouterr().err
 
 
+def rendered(page, *options) -> str:
+    """The DOM after Chromium has run the page's script."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000", *options]
+    return subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+
+
 @needs_chromium
 def test_script_fills_both_sides_of_the_comparison(results):
     gallery.main([str(results), "none"])
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000", (results / "index.html").as_uri()]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    sides = dom.split('class="side"')[1:]
+    sides = rendered(results / "index.html").split('class="side"')[1:]
     assert len(sides) == 2 and all(json.dumps("grid of generated images") in side.split("</article>")[0] for side in sides)
 
 
@@ -112,10 +116,9 @@ def test_script_fills_both_sides_of_the_comparison(results):
 def test_page_fits_the_width_of_a_phone(results):
     shutil.copy(results / "tiny_cosine_unipc_2x3.png", results / f"{'a_long_name_without_a_break' * 4}.png")
     gallery.main([str(results), "none"])
-    page = results / "index.html"
-    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + document.documentElement.clientWidth;</script>"
+    page, root = results / "index.html", "document.documentElement"
+    script = f"<script>document.title = {root}.scrollWidth + ' of ' + {root}.clientWidth;</script>"
     page.write_text(page.read_text().replace("</body>", script + "</body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom", "--virtual-time-budget=2000", page.as_uri()]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    content_width, window_width = dom.split("<title>")[1].split("</title>")[0].split(" of ")
+    title = rendered(page, "--window-size=500,900").split("<title>")[1].split("</title>")[0]
+    content_width, window_width = title.split(" of ")
     assert int(content_width) <= int(window_width) <= 500

@@ -66,7 +66,7 @@ def test_a_mask_forgets_what_it_does_not_keep(trained, face, tmp_path):
 
 def test_pictures_that_would_be_shown_nowhere(trained, capsys):
     assert trained.run("infer", "sampling.rows=1", "sampling.cols=2", "sampling.num_images=3") == 2
-    assert "sampling.num_images: 3 are more than the grid of 1x2 shows" in capsys.readouterr().err
+    assert "sampling.num_images must be at most 2 to fit in the 1x2 grid (got 3)" in capsys.readouterr().err
 
 
 def test_a_grid_of_other_settings_is_kept(trained, capsys):
@@ -105,9 +105,9 @@ def test_slerp_goes_from_one_seed_to_the_other(trained):
 
 
 @pytest.mark.parametrize("size, black, options, message", [
-    ((16, 20), False, (), "face.png is 16x20; this model's pictures are 16x16"),
+    ((16, 20), False, (), "face.png must be 16x16, the size of the model (got 16x20)"),
     ((16, 16), True, (), "is black everywhere"),
-    ((16, 16), False, ("sampling.image=none.png",), "none.png cannot be read (No such file"),
+    ((16, 16), False, ("sampling.image=none.png",), "cannot read none.png (No such file"),
     ((16, 16), False, ("sampling.image=null",), "sampling.mask needs sampling.image"),
     ((16, 16), False, ("sampling.slerp_to=1",), "are mutually exclusive"),
     ((16, 16), False, ("sampling.image=null", "sampling.mask=null", "sampling.slerp_to=1", "sampling.eta=0.5"), "sampling.slerp_to needs a sampler without added noise"),
@@ -124,4 +124,4 @@ def test_bad_pictures(trained, tmp_path, capsys, size, black, options, message):
 def test_a_mask_of_another_size(trained, face, tmp_path, capsys):
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     assert trained.run("infer", f"sampling.image={face}", f"sampling.mask={tmp_path}/mask.png") == 2
-    assert "mask.png is 8x8" in capsys.readouterr().err
+    assert "mask.png must be 16x16, the size of the model (got 8x8)" in capsys.readouterr().err

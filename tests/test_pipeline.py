@@ -1,5 +1,6 @@
-"""The four scripts by their main(argv), end to end on tiny synthetic data, and what happens when things go wrong."""
+"""The four scripts end to end on tiny synthetic data: outputs, resuming, sampling, and errors."""
 
+import contextlib
 import errno
 import importlib.machinery
 import json
@@ -17,15 +18,24 @@ from conftest import Experiment, Hostile
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from config import LoggingConfig, VAEConfig
+from dataset import TRAIN, VAL, loader
 from dataset.encodings import LatentDataset
+from models.normalizer import Normalizer
 from models.schedules import make_schedule
 from models.unet import UNet
-from pipeline.latent_diffusion import load_images_for, load_vae
+from pipeline.latent_stats import Moments, latent_stats, std_warnings
+from pipeline.stage_files import load_images_for, load_vae
+from training import trainer as trainer_module
+from training.trainer import Trainer
+from utils import device, files
+from utils.checkpoints import load_weights, save_weights
+from utils.errors import Stopped
 from utils.settings import load_config
 
 
-def fails(experiment, capsys, stage, *overrides, code=2) -> str:
-    """Run a stage that must fail: the exit code, one line, no traceback. Returns the line."""
+def error_line(experiment, capsys, stage, *overrides, code=2) -> str:
+    """Run a stage that must fail with one line and no traceback, and return that line."""
     capsys.readouterr()
     assert experiment.run(stage, *overrides) == code
     error = capsys.readouterr().err.strip().splitlines()
@@ -42,14 +52,11 @@ def copy_of(trained, tmp_path) -> Experiment:
 # The four stages
 
 
-def test_four_stages_leave_what_they_promise(trained, capsys):
+def test_four_stages_write_all_files(trained, capsys):
     assert trained.run("infer", "sampling.save_images=true") == 0
     out = capsys.readouterr().out
-    assert (
-        "calibration: generated/training std" in out
-        and "of clean estimates clamped" in out
-        and "of pixels out of range" in out
-    )
+    assert "latents: the std of generated latents is" in out and "times that of training latents" in out
+    assert "of clean estimates" in out and "of pixel values out of range" in out
     run_dir = trained.run_dir
     for name in (
         "vae/vae.safetensors",
@@ -68,13 +75,13 @@ def test_four_stages_leave_what_they_promise(trained, capsys):
     assert not list(run_dir.rglob("*.tmp"))
     grid = Image.open(trained.folder / "results" / "tiny_cosine_ddim_2x3.png")
     assert grid.size == (3 * 16 + 2 * 2, 2 * 16 + 2)
-    assert json.loads(grid.text["config"])["sampling"]["steps"] == 4 and "std_ratio" in json.loads(grid.text["calibration"])
+    assert json.loads(grid.text["config"])["sampling"]["steps"] == 4 and "std_ratio" in json.loads(grid.text["latent_stats"])
     singles = sorted((trained.folder / "results" / "tiny_cosine_ddim_2x3").iterdir())
     assert len(singles) == 6
     assert np.array_equal(np.asarray(Image.open(singles[4])), np.asarray(grid)[18:, 18:34])  # row 1, column 1
 
 
-def test_metrics_have_what_a_reader_needs(trained):
+def test_metrics_of_both_training_stages(trained):
     lines = [json.loads(line) for line in (trained.run_dir / "cosine" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
     last = [line for line in lines if "val/loss" in line][-1]
@@ -84,11 +91,11 @@ def test_metrics_have_what_a_reader_needs(trained):
     assert {"val/psnr", "val/ssim", "val/nats_per_dim"} <= vae[-1].keys()
 
 
-def test_again_does_nothing_twice(trained, capsys, monkeypatch):
+def test_running_finished_stages_again_changes_nothing(trained, capsys, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in trained.run_dir.rglob("*.safetensors")} | {
         "e": (trained.run_dir / "encodings.pt").stat().st_mtime_ns
     }
-    monkeypatch.setattr(run.Run, "take_step", lambda *_, **__: pytest.fail("trained twice"))
+    monkeypatch.setattr(Trainer, "step", lambda *_, **__: pytest.fail("trained twice"))
     trained.train_all()
     out = capsys.readouterr().out
     assert out.count("already trained") == 2 and "up to date" in out
@@ -97,7 +104,7 @@ def test_again_does_nothing_twice(trained, capsys, monkeypatch):
     }
 
 
-def test_other_labels_need_new_encodings_and_no_new_vae(trained, tmp_path):
+def test_changed_labels_need_new_encodings_but_no_new_vae(trained, tmp_path):
     experiment = copy_of(trained, tmp_path)
     (path,) = experiment.folder.glob("runs/cache/*/labels.npy")
     np.save(path, 1 - np.load(path).clip(0, 1))
@@ -106,7 +113,7 @@ def test_other_labels_need_new_encodings_and_no_new_vae(trained, tmp_path):
     assert torch.equal(torch.cat([encodings.labels, encodings.val_labels]), torch.from_numpy(np.load(path)))
 
 
-def test_linear_lives_beside_cosine(trained, tmp_path, capsys):
+def test_two_schedules_share_one_vae(trained, tmp_path):
     experiment = copy_of(trained, tmp_path)
     vae = (experiment.run_dir / "vae" / "vae.safetensors").read_bytes()
     assert experiment.run("train_diffusion", "diffusion.schedule=linear") == 0
@@ -115,10 +122,10 @@ def test_linear_lives_beside_cosine(trained, tmp_path, capsys):
     assert (experiment.run_dir / "vae" / "vae.safetensors").read_bytes() == vae
 
 
-def test_dry_run_plans_and_writes_nothing(experiment, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(experiment, capsys):
     assert experiment.run("train_vae", "--dry-run") == 0
     out = capsys.readouterr().out
-    for part in ("parameters", "48 for training", "6 of 8 images", "vae.safetensors"):
+    for part in ("parameters", "48 for training", "steps: 6 with 8 images each", "vae.safetensors"):
         assert part in out, part
     assert not (experiment.folder / "runs").exists()
 
@@ -156,12 +163,12 @@ def test_other_settings_run(experiment, changes):
     )
 
 
-def test_tensorboard_and_wandb_are_written_where_asked(experiment, monkeypatch):
-    """wandb is stood in for: what it is called with is what a user would see."""
+def test_tensorboard_and_wandb_logs(experiment, monkeypatch):
+    """A fake wandb module records the calls."""
     fake, calls = types.ModuleType("wandb"), []
     fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     fake.init = lambda **options: (calls.append(("init", options["id"])), fake)[1]
-    fake.log = lambda figures, step: calls.append(("log", step, sorted(figures)))
+    fake.log = lambda metrics, step: calls.append(("log", step, sorted(metrics)))
     fake.Image, fake.finish = (lambda image: image), (lambda: calls.append(("finish",)))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert experiment.run("train_vae", "logging.tensorboard=true", "logging.wandb=true") == 0
@@ -179,84 +186,151 @@ def test_tensorboard_and_wandb_are_written_where_asked(experiment, monkeypatch):
 # Resuming
 
 
-def test_resuming_is_bitwise_the_same(experiment, tmp_path_factory):
-    """8 steps = 5 steps + resume + 3 steps, for both stages, with dropout and flips; the epoch ends after step 6."""
-    longer = ("vae.steps=8", "diffusion.steps=8", "diffusion.dropout=0.3")
-    experiment.train_all(*longer)
-    other = Experiment(tmp_path_factory.mktemp("resumed"))
+def test_resuming_is_bitwise_exact(experiment, tmp_path_factory):
+    """8 steps = 5 steps, resume, 3 steps, for both stages, with dropout and flips. The epoch ends after step 6."""
+    settings = ("vae.steps=8", "diffusion.steps=8", "diffusion.dropout=0.3")
+    experiment.train_all(*settings)
+    resumed = Experiment(tmp_path_factory.mktemp("resumed"))
     for stage, folder, file in (("train_vae", "vae", "vae.safetensors"), ("train_diffusion", "cosine", "unet.safetensors")):
         section = "vae" if folder == "vae" else "diffusion"
-        assert other.run(stage, *longer, f"{section}.steps=5") == 0
-        assert other.run(stage, *longer) == 0
+        assert resumed.run(stage, *settings, f"{section}.steps=5") == 0
+        assert resumed.run(stage, *settings) == 0
         if folder == "vae":
-            assert other.run("create_encodings", *longer) == 0
-        one, two = load_file(experiment.run_dir / folder / file), load_file(other.run_dir / folder / file)
+            assert resumed.run("create_encodings", *settings) == 0
+        one, two = load_file(experiment.run_dir / folder / file), load_file(resumed.run_dir / folder / file)
         assert all(torch.equal(one[name], two[name]) for name in one)
-        states = [torch.load(e.run_dir / folder / "state.pt", weights_only=True) for e in (experiment, other)]
+        states = [torch.load(e.run_dir / folder / "state.pt", weights_only=True) for e in (experiment, resumed)]
         assert all(torch.equal(states[0]["net"][name], states[1]["net"][name]) for name in states[0]["net"])
         assert torch.equal(*(state["optimizer"]["state"][0]["exp_avg_sq"] for state in states))
 
 
-def test_weights_cut_off_before_their_state_are_made_again(trained, tmp_path, capsys):
-    """A finished run whose weights file is missing writes it again without training."""
+@pytest.mark.parametrize("damage", ["missing", "older"])
+def test_stale_weights_of_a_finished_run_are_rewritten(trained, tmp_path, capsys, damage):
+    """The process may have died after state.pt was written. The weights are restored from it without training."""
     experiment = copy_of(trained, tmp_path)
     weights = experiment.run_dir / "cosine" / "unet.safetensors"
-    before = load_file(weights)
+    before, (tensors, metadata) = load_file(weights), load_weights(weights, "unet", "")
     weights.unlink()
+    if damage == "older":
+        save_weights(weights, {name: 0 * x for name, x in tensors.items()}, {**metadata, "step": 3, "complete": False})
     assert experiment.run("train_diffusion") == 0 and "already trained" in capsys.readouterr().out
     after = load_file(weights)
     assert all(torch.equal(before[name], after[name]) for name in before)
+    new_metadata = load_weights(weights, "unet", "")[1]
+    assert {**new_metadata, "minutes": 0} == {**metadata, "minutes": 0}
 
 
 @pytest.mark.parametrize("log_every", [2, 1000])
-def test_a_signal_saves_and_the_same_command_goes_on(experiment, capsys, monkeypatch, log_every):
-    original = run.Run.take_step
+def test_a_signal_saves_and_the_same_command_resumes(experiment, trained, capsys, monkeypatch, log_every):
+    step = Trainer.step
 
-    def interrupted(self, *args, **kwargs):
-        if self.step == 2:  # during the third step
+    def interrupted_step(self, forward_backward):
+        if self.steps_done == 2:  # during the third step
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self, *args, **kwargs)
+        step(self, forward_backward)
 
-    monkeypatch.setattr(run.Run, "take_step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted_step)
     assert experiment.run("train_vae", f"vae.log_every={log_every}") == 128 + signal.SIGTERM
-    assert "stopped at step 3 of 6" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "stopped at step 3 of 6" in error and "run the same command to resume" in error
     assert torch.load(experiment.run_dir / "vae" / "state.pt", weights_only=True)["step"] == 3
     assert experiment.run("create_encodings") == 0
-    assert "stopped at step 3 of 6" in capsys.readouterr().out  # a note: this VAE is not finished
+    assert "is from step 3 of 6; run train_vae.py again to finish training" in capsys.readouterr().out
     monkeypatch.undo()
     assert experiment.run("train_vae") == 0
     assert "after 6 steps" in capsys.readouterr().out
+    uninterrupted, resumed = (load_file(e.run_dir / "vae" / "vae.safetensors") for e in (trained, experiment))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
-def test_a_time_budget_ends_a_stage_cleanly(experiment, capsys):
+def test_a_second_interrupt_stops_without_saving(experiment, capsys, monkeypatch):
+    step = Trainer.step
+
+    def interrupted_step(self, forward_backward):
+        if self.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert self._signal == signal.SIGINT  # the first one only requests a stop after this step
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second interrupt was ignored")
+        step(self, forward_backward)
+
+    monkeypatch.setattr(Trainer, "step", interrupted_step)
+    handler = signal.getsignal(signal.SIGINT)
+    assert experiment.run("train_vae") == 130 and signal.getsignal(signal.SIGINT) is handler
+    captured = capsys.readouterr()
+    assert "stopping after this step (SIGINT)" in captured.out and captured.err.splitlines()[-1] == "interrupted"
+    assert not (experiment.run_dir / "vae" / "state.pt").exists()
+    monkeypatch.undo()
+    assert experiment.run("train_vae") == 0 and "after 6 steps" in capsys.readouterr().out
+
+
+def test_a_time_budget_ends_a_stage(experiment, capsys):
     budget = "vae.max_minutes=0.00001"
     assert experiment.run("train_vae", budget) == 0
     assert "after 1 steps" in capsys.readouterr().out
     assert experiment.run("train_vae", budget) == 0
     assert "already trained" in capsys.readouterr().out
-    assert experiment.run("train_vae") == 0  # without the budget it goes on
+    assert experiment.run("train_vae") == 0  # without the budget it resumes
     assert "after 6 steps" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_state(experiment, trained, tmp_path, capsys, monkeypatch):
-    experiment = copy_of(trained, tmp_path)
-    state = (experiment.run_dir / "cosine" / "state.pt").read_bytes()
+@pytest.mark.parametrize(
+    "max_minutes, expected", [(None, [10, 20, 30, 40]), (1.0, [10, 20, 30, 40]), (0.25, [16, 32, 48, 64])]
+)
+def test_progress_bar_counts_the_budget_that_ends_the_run(tmp_path, monkeypatch, max_minutes, expected):
+    """10 steps of 2.4 s by a fake clock: 24 s or, if max_minutes is less, that time. A resumed run starts where it stopped."""
+    now = 0.0
+    monkeypatch.setattr(trainer_module, "time", types.SimpleNamespace(monotonic=lambda: now))
+    cfg = VAEConfig(steps=10, batch_size=2, max_minutes=max_minutes, micro_batch=2, log_every=1000)
+
+    def make_trainer():
+        torch.manual_seed(0)
+        return Trainer(
+            tmp_path, torch.nn.Linear(3, 1), cfg, identity={}, seed=0, logging=LoggingConfig(tensorboard=False),
+            weights_name="vae.safetensors", metadata={"kind": "vae"},
+        )  # fmt: skip
+
+    percents = []
+    for _ in range(2):
+        with make_trainer() as trainer, contextlib.suppress(Stopped):
+            percents.append(trainer._bar.n)
+
+            def forward_backward(micro_batch):
+                nonlocal now
+                now += 2.4
+                loss = trainer.net(torch.ones(2, 3)).square().mean(dim=1)
+                trainer.backward(loss, loss)
+
+            for _ in trainer:
+                trainer.step(forward_backward)
+                percents.append(trainer._bar.n)
+                if trainer.steps_done in (2, 4):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    trainer._update_stop()
+    assert trainer._bar.total == 100
+    assert percents == pytest.approx([0, *expected[:2], expected[1], *expected[2:]])
+
+
+def test_a_nonfinite_loss_keeps_the_last_good_state(trained, tmp_path, capsys, monkeypatch):
     import train_diffusion
 
-    original = train_diffusion.diffusion_loss
+    experiment = copy_of(trained, tmp_path)
+    state = (experiment.run_dir / "cosine" / "state.pt").read_bytes()
+    diffusion_loss = train_diffusion.diffusion_loss
 
-    def poisoned(unet, z, eps, t, *rest):
-        loss = original(unet, z, eps, t, *rest)
+    def nan_loss(unet, z, eps, t, *rest):
+        loss = diffusion_loss(unet, z, eps, t, *rest)
         return torch.where(t == t[2], torch.nan, loss) if unet.training else loss
 
-    monkeypatch.setattr(train_diffusion, "diffusion_loss", poisoned)
-    line = fails(experiment, capsys, "train_diffusion", "diffusion.steps=12", code=1)
-    torch.manual_seed(6)  # what step 6 drew: see Run.seed_step
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", nan_loss)
+    line = error_line(experiment, capsys, "train_diffusion", "diffusion.steps=12", code=1)
+    torch.manual_seed(6)  # the seed of step 6: see Trainer.__iter__
     expected_t = int(torch.randint(0, 1000, (8,))[2])
-    assert "step 6" in line and f"timestep {expected_t}" in line and "learning rate 0.0002" in line and "kept" in line
+    assert "step 6" in line and f"timestep {expected_t}" in line and "learning rate 0.0002" in line
+    assert "the last good state is kept" in line
     assert (experiment.run_dir / "cosine" / "state.pt").read_bytes() == state
-    # A save that comes before the next report must not write the broken state either.
-    fails(
+    # A save before the next log line must not write the non-finite state either.
+    error_line(
         experiment,
         capsys,
         "train_diffusion",
@@ -268,27 +342,27 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(experiment, trained
     assert (experiment.run_dir / "cosine" / "state.pt").read_bytes() == state
 
 
-def test_a_disk_that_fills_up_loses_nothing(experiment, capsys, monkeypatch):
+def test_a_full_disk_keeps_saved_files_and_training_continues(experiment, capsys, monkeypatch):
     assert experiment.run("train_vae", "vae.steps=2") == 0
     state = (experiment.run_dir / "vae" / "state.pt").read_bytes()
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifacts.os, "fsync", full)
-    steps, original = [], run.Run.take_step
-    monkeypatch.setattr(run.Run, "take_step", lambda self, *a, **k: (original(self, *a, **k), steps.append(self.step)))
-    line = fails(experiment, capsys, "train_vae", "vae.save_minutes=1e-9")
-    assert steps == [3, 4, 5, 6]  # it went on as long as there was work, and failed at the last save
+    monkeypatch.setattr(files.os, "fsync", full)
+    steps, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, f: (step(self, f), steps.append(self.steps_done)))
+    line = error_line(experiment, capsys, "train_vae", "vae.save_minutes=1e-9")
+    assert steps == [3, 4, 5, 6]  # only the last save is an error
     assert "no space left" in line and "run the same command again" in line
     assert (experiment.run_dir / "vae" / "state.pt").read_bytes() == state and not list(experiment.run_dir.rglob("*.tmp"))
     monkeypatch.undo()
     assert experiment.run("train_vae") == 0
 
 
-def test_a_disk_too_small_is_found_before_the_work(experiment, capsys, monkeypatch):
-    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    assert "MB are free" in fails(experiment, capsys, "train_vae", "--dry-run")
+def test_a_small_disk_is_reported_before_training(experiment, capsys, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    assert "MB are free" in error_line(experiment, capsys, "train_vae", "--dry-run")
 
 
 def test_lines_logged_after_the_last_save_are_dropped(experiment):
@@ -303,29 +377,29 @@ def test_lines_logged_after_the_last_save_are_dropped(experiment):
 # Sampling
 
 
-def test_the_same_picture_in_any_batch_size(trained, tmp_path):
+def test_images_do_not_depend_on_the_batch_size(trained, tmp_path):
     experiment = copy_of(trained, tmp_path)
     unet = experiment.run_dir / "cosine" / "unet.safetensors"
     tensors = load_file(unet)
     torch.manual_seed(0)
-    for name, value in tensors.items():  # a U-Net of six steps is nearly zero at its ends: make every layer matter
+    for name, value in tensors.items():  # after six steps zero-initialized layers still have almost no effect
         if not name.startswith("normalizer."):
             value += 0.05 * torch.randn_like(value)
-    artifacts.save_weights(unet, tensors, artifacts.load_weights(unet, "unet", "")[1])
+    save_weights(unet, tensors, load_weights(unet, "unet", "")[1])
 
-    def pictures(batch_size, sampler):
+    def sampled_grid(batch_size, sampler):
         results = tmp_path / f"results{batch_size}"
         options = f"sampling.batch_size={batch_size}", f"results_dir={results}", f"sampling.sampler={sampler}"
         assert experiment.run("infer", *options) == 0
         return np.asarray(Image.open(results / f"tiny_cosine_{sampler}_2x3.png")).astype(int)
 
     for sampler in ("ddim", "ancestral"):
-        whole = pictures(6, sampler)
-        assert np.abs(whole - pictures(4, sampler)).max() <= 1 and np.abs(whole - pictures(1, sampler)).max() <= 1
+        whole = sampled_grid(6, sampler)
+        assert all(np.abs(whole - sampled_grid(batch_size, sampler)).max() <= 1 for batch_size in (4, 1))
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun"])
-def test_a_strip_goes_from_noise_to_the_picture(trained, sampler):
+def test_a_trajectory_strip_ends_with_the_images(trained, sampler):
     assert trained.run("infer", "sampling.trajectory_frames=3", f"sampling.sampler={sampler}") == 0
     results = trained.folder / "results"
     strip, grid = (np.asarray(Image.open(results / f"tiny_cosine_{sampler}_2x3{end}.png")) for end in ("_strip", ""))
@@ -337,71 +411,70 @@ def test_a_strip_goes_from_noise_to_the_picture(trained, sampler):
     assert gif.n_frames == 3 and gif.size == (6 * 18 - 2, 16)
 
 
-def test_calibration_by_hand():
-    from models.normalizer import Normalizer
-    from pipeline.latent_stats import Moments, advice, calibration
-    from utils.settings import load_config
-
+def test_latent_stats_and_warnings():
+    """Latents with half the training std in one of two channels."""
     torch.manual_seed(0)
     train = Normalizer.measure(torch.randn(400, 2, 4, 4), "global")
     moments, z = Moments(2), torch.randn(40, 2, 4, 4) * torch.tensor([1.0, 0.5])[:, None, None]
     for part in z.split(7):
         moments.add(part)
     assert moments.overall_std() == pytest.approx(float(z.std(correction=0)), rel=1e-6)
-    figures = calibration(moments, train, 0.0, 0.0)
-    assert figures["worst_channel"] == 1 and figures["worst_channel_ratio"] == pytest.approx(0.5, abs=0.03)
-    assert figures["std_ratio"] == pytest.approx((0.625) ** 0.5, abs=0.03)
-    s = load_config(None).sampling
-    assert "narrower" in advice(figures, s)[0]
-    narrow = s.model_copy(update={"x0_clamp": 1.0})
-    assert "clamped too hard" in advice({**figures, "clamped": 0.1}, narrow)[0]
-    assert "clamped too hard" not in advice({**figures, "clamped": 0.1}, s)[0]  # the remedy itself
-    assert advice(dict(std_ratio=1.02, worst_channel_ratio=0.95, clamped=0.0), s) == []
-    assert "wider" in advice(dict(std_ratio=1.3, worst_channel_ratio=1.3, clamped=0.0), s)[0]
+    stats = latent_stats(moments, train, 0.0, 0.0)
+    assert stats["worst_channel"] == 1 and stats["worst_channel_ratio"] == pytest.approx(0.5, abs=0.03)
+    assert stats["std_ratio"] == pytest.approx((0.625) ** 0.5, abs=0.03)
+    cfg = load_config(None).sampling
+    assert "smaller than in training" in std_warnings(stats, cfg)[0]
+    narrow_clamp = cfg.model_copy(update={"x0_clamp": 1.0})
+    assert "clamps the clean estimate too hard" in std_warnings({**stats, "clamped": 0.1}, narrow_clamp)[0]
+    assert "too hard" not in std_warnings({**stats, "clamped": 0.1}, cfg)[0]  # cfg has the suggested x0_clamp=range
+    assert std_warnings(dict(std_ratio=1.02, worst_channel_ratio=0.95, clamped=0.0), cfg) == []
+    assert "larger than in training" in std_warnings(dict(std_ratio=1.3, worst_channel_ratio=1.3, clamped=0.0), cfg)[0]
 
 
-# Artefacts that do not belong together, and files that are not what they should be
+# Files that do not belong together, and damaged or foreign files
 
 
 def test_stages_out_of_order(experiment, trained, tmp_path, capsys):
     for stage in ("create_encodings", "train_diffusion", "infer"):
-        assert "run train_vae.py first" in fails(experiment, capsys, stage)
+        assert "run train_vae.py first" in error_line(experiment, capsys, stage)
     vae_only = copy_of(trained, tmp_path / "vae_only")
     (vae_only.run_dir / "encodings.pt").unlink()
     shutil.rmtree(vae_only.run_dir / "cosine")
-    assert "run create_encodings.py first" in fails(vae_only, capsys, "train_diffusion")
-    assert "run train_diffusion.py first" in fails(vae_only, capsys, "infer")
+    assert "run create_encodings.py first" in error_line(vae_only, capsys, "train_diffusion")
+    assert "run train_diffusion.py first" in error_line(vae_only, capsys, "infer")
 
 
 def test_encodings_of_another_vae(trained, tmp_path, capsys):
     experiment = copy_of(trained, tmp_path)
-    assert experiment.run("train_vae", "vae.steps=8") == 0  # trained on: another VAE now
-    assert "made by another VAE" in fails(experiment, capsys, "train_diffusion")
-    assert "encodings of another VAE" in fails(experiment, capsys, "infer")
+    assert experiment.run("train_vae", "vae.steps=8") == 0  # more steps: another VAE
+    assert "was made with another VAE" in error_line(experiment, capsys, "train_diffusion")
+    assert "was trained with another VAE" in error_line(experiment, capsys, "infer")
     assert experiment.run("create_encodings") == 0
-    line = fails(experiment, capsys, "train_diffusion", "diffusion.steps=8")  # a U-Net of other encodings
+    line = error_line(experiment, capsys, "train_diffusion", "diffusion.steps=8")  # trained on other encodings
     assert "other settings (encodings_fingerprint was" in line
 
 
 def test_encodings_of_other_settings(trained, tmp_path, capsys):
     experiment = copy_of(trained, tmp_path)
-    assert "data.flip was True, now False" in fails(experiment, capsys, "train_diffusion", "data.flip=false")
+    assert "data.flip was True, now False" in error_line(experiment, capsys, "train_diffusion", "data.flip=false")
     assert experiment.run("create_encodings", "encodings.normalization=per_channel") == 0
-    assert "trained on other encodings" in fails(experiment, capsys, "infer")
+    assert "trained on other encodings" in error_line(experiment, capsys, "infer")
 
 
 def test_vae_of_other_images(trained, tmp_path, capsys):
-    assert "trained on other images" in fails(copy_of(trained, tmp_path), capsys, "create_encodings", "data.num_images=40")
+    assert "trained on other images" in error_line(
+        copy_of(trained, tmp_path), capsys, "create_encodings", "data.num_images=40"
+    )
 
 
 def test_resuming_with_other_settings(trained, tmp_path, capsys):
     experiment = copy_of(trained, tmp_path)
-    line = fails(experiment, capsys, "train_vae", "vae.lr=1e-3", "vae.steps=9")
+    line = error_line(experiment, capsys, "train_vae", "vae.lr=1e-3", "vae.steps=9")
     assert "vae.lr was 0.0002, now 0.001" in line and "steps" not in line
     shutil.rmtree(experiment.run_dir.parent / "cache")
-    for stage in ("train_vae", "train_diffusion"):  # before any picture is read
+    for stage in ("train_vae", "train_diffusion"):  # before any image is read
         section = {"train_vae": "vae", "train_diffusion": "diffusion"}[stage]
-        assert f"{section}.lr was" in fails(experiment, capsys, stage, f"{section}.lr=1e-3", "--dry-run")
+        assert f"{section}.lr was" in error_line(experiment, capsys, stage, f"{section}.lr=1e-3", "--dry-run")
         assert experiment.run(stage, f"{section}.steps=9", "--dry-run") == 0
     assert not (experiment.run_dir.parent / "cache").exists()
 
@@ -428,8 +501,8 @@ def test_damaged_and_hostile_files(trained, tmp_path, capsys, stage, file, damag
         torch.save({"kind": "state", "x": Hostile(canary)}, path)
     else:
         path.write_bytes(pickle.dumps(Hostile(canary)))
-    line = fails(experiment, capsys, stage)
-    assert str(path) in line and "remov" in line
+    line = error_line(experiment, capsys, stage)
+    assert str(path) in line and "remove" in line
     assert not canary.exists()
 
 
@@ -437,21 +510,21 @@ def test_foreign_weights(trained, tmp_path, capsys):
     experiment = copy_of(trained, tmp_path)
     path = experiment.run_dir / "vae" / "vae.safetensors"
     save_file({"x": torch.zeros(2)}, path)
-    assert "is not a vae weights file" in fails(experiment, capsys, "create_encodings")
+    assert "is not a vae weights file" in error_line(experiment, capsys, "create_encodings")
     shutil.copy(experiment.run_dir / "cosine" / "unet.safetensors", path)
-    assert "is not a vae weights file" in fails(experiment, capsys, "infer")
+    assert "is not a vae weights file" in error_line(experiment, capsys, "infer")
 
 
-# What is logged and stored is what it is called
+# Contents of logs and files
 
 
-def logged(experiment, folder):
+def train_log(experiment, folder):
     lines = (experiment.run_dir / folder / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if "train/loss" in line]
 
 
-def test_the_vaes_loss_is_the_sum_of_its_parts(experiment, tmp_path):
-    """reconstruction + weight · perceptual + kl_weight · min(1, (step+1)/kl_warmup) · nats, step by step."""
+def test_vae_loss_is_the_weighted_sum_of_its_terms(experiment, tmp_path):
+    """reconstruction + weight · perceptual + kl_weight · min(1, (step+1)/kl_warmup) · nats_per_dim, in every step."""
     from torchvision.models import vgg
 
     layers = vgg.make_layers(vgg.cfgs["E"])[:12].state_dict()  # VGG19 up to relu3_1
@@ -459,48 +532,47 @@ def test_the_vaes_loss_is_the_sum_of_its_parts(experiment, tmp_path):
     options = ["vae.kl_weight=0.5", "vae.kl_warmup=4", "vae.log_every=1", "vae.perceptual.weight=0.3"]
     vgg19 = ["vae.perceptual.net=vgg19", f"vae.perceptual.weights={tmp_path}/vgg19.pth"]
     assert experiment.run("train_vae", *options, *vgg19) == 0
-    lines = logged(experiment, "vae")
+    lines = train_log(experiment, "vae")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         kl = 0.5 * min(1.0, line["step"] / 4) * line["train/nats_per_dim"]
-        parts = line["train/reconstruction"] + 0.3 * line["train/perceptual"] + kl
-        assert line["train/loss"] == pytest.approx(parts, rel=1e-4) and line["train/perceptual"] > 0
+        total = line["train/reconstruction"] + 0.3 * line["train/perceptual"] + kl
+        assert line["train/loss"] == pytest.approx(total, rel=1e-4) and line["train/perceptual"] > 0
     last = json.loads((experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val/perceptual"] > 0
 
 
-def test_the_weighted_loss_is_weighted(trained, tmp_path, monkeypatch):
-    """One step under min-SNR: the logged loss is the mean of weight(t) · unweighted loss."""
+def test_min_snr_loss_is_weighted(trained, tmp_path, monkeypatch):
+    """One step with min-SNR weights: the logged loss is the mean of weight(t) · unweighted loss."""
     import train_diffusion
 
-    experiment, seen, inner = copy_of(trained, tmp_path), [], train_diffusion.diffusion_loss
+    experiment, calls, diffusion_loss = copy_of(trained, tmp_path), [], train_diffusion.diffusion_loss
 
-    def watched(unet, z, eps, t, alphas, sigmas, prediction, cond=None):
-        loss = inner(unet, z, eps, t, alphas, sigmas, prediction, cond)
-        seen.append((t.clone(), loss.detach().clone()))
+    def recorded_loss(unet, z, eps, t, *rest):
+        loss = diffusion_loss(unet, z, eps, t, *rest)
+        calls.append((t.clone(), loss.detach().clone()))
         return loss
 
-    monkeypatch.setattr(train_diffusion, "diffusion_loss", watched)
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", recorded_loss)
     options = ["diffusion.name=snr", "diffusion.prediction=v", "diffusion.weighting=min_snr", "diffusion.min_snr_gamma=2"]
     assert experiment.run("train_diffusion", *options, "diffusion.log_every=1", "diffusion.steps=1") == 0
-    (t, loss), (line,) = seen[0], logged(experiment, "snr")
+    (t, loss), (line,) = calls[0], train_log(experiment, "snr")
     snr = make_schedule("cosine").snr(t)
     weighted = (snr.clamp(max=2.0) / (snr + 1) * loss).mean()
     assert line["train/loss"] == pytest.approx(float(weighted), rel=1e-4)
     assert line["train/unweighted_loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
 
 
-def test_samples_while_training_are_calibrated(trained):
+def test_preview_samples_log_latent_stats(trained):
     lines = map(json.loads, (trained.run_dir / "cosine" / "metrics.jsonl").read_text().splitlines())
-    found = [
+    stats = [
         (line["step"], line["samples/std_ratio"], line["samples/clamped"]) for line in lines if "samples/std_ratio" in line
     ]
-    # An untrained U-Net says eps = 0, and so z0_hat = z_t / alpha: all noise, until the clamp bounds it.
-    assert [step for step, *_ in found] == [3, 6] and all(0.5 < ratio < 3 and 0 < clamped < 1 for _, ratio, clamped in found)
+    # An untrained U-Net predicts eps = 0, so z0_hat = z_t / alpha is noise that the clamp bounds.
+    assert [step for step, *_ in stats] == [3, 6] and all(0.5 < ratio < 3 and 0 < clamped < 1 for _, ratio, clamped in stats)
 
 
-def test_weights_files_hold_the_average(trained):
-    """Both are those of EMA, not of the network that learns."""
+def test_weights_files_hold_the_ema_weights(trained):
     for folder, file in (("vae", "vae"), ("cosine", "unet")):
         weights = load_file(trained.run_dir / folder / f"{file}.safetensors")
         state = torch.load(trained.run_dir / folder / "state.pt", weights_only=True)
@@ -508,12 +580,12 @@ def test_weights_files_hold_the_average(trained):
         assert not all(torch.equal(weights[name], value) for name, value in state["net"].items())
 
 
-def test_encodings_are_of_the_pictures_and_of_their_mirrors(trained):
+def test_encodings_of_images_and_mirror_images(trained):
     config = load_config(str(trained.config), trained.argv()[1:])
-    vae, header = load_vae(config, torch.device("cpu"))
-    images = load_images_for(config, header)
+    vae, metadata = load_vae(config, torch.device("cpu"))
+    images = load_images_for(config, metadata)
     stored = torch.load(trained.run_dir / "encodings.pt", weights_only=True)
-    for split, name, mirrored in ((0, "mean", False), (0, "mean_flipped", True), (1, "val", False)):
+    for split, name, mirrored in ((TRAIN, "mean", False), (TRAIN, "mean_flipped", True), (VAL, "val_mean", False)):
         pixels = images.pixels[images.rows(split)][:, :, :: -1 if mirrored else 1]
         x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2) / 127.5 - 1
         torch.testing.assert_close(stored[name].float(), vae.encode(x).mean, rtol=2e-3, atol=2e-3)
@@ -524,11 +596,11 @@ def test_encodings_are_of_the_pictures_and_of_their_mirrors(trained):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_where_there_is_none(experiment, capsys):
-    assert "torch finds 0 CUDA devices" in fails(experiment, capsys, "train_vae", "device=cuda")
+def test_device_cuda_without_cuda(experiment, capsys):
+    assert "torch finds 0 CUDA devices" in error_line(experiment, capsys, "train_vae", "device=cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -542,7 +614,12 @@ def test_cuda_where_there_is_none(experiment, capsys):
             "diffusion.dropout=0.2",
         ),
         ("diffusion.condition=class", "sampling.guidance=2", "diffusion.bottleneck=transformer"),
-        ("text.encoder=words", "diffusion.condition=text", "diffusion.cross_attn_resolutions=[4]", "sampling.prompts=[a man]"),
+        (
+            "text.encoder=words",
+            "diffusion.condition=text",
+            "diffusion.cross_attn_resolutions=[4]",
+            "sampling.prompts=[a man]",
+        ),
     ],
 )
 def test_four_stages_on_cuda(experiment, capsys, changes):
@@ -550,44 +627,45 @@ def test_four_stages_on_cuda(experiment, capsys, changes):
     experiment.train_all(*options)
     assert experiment.run("infer", *options) == 0 and experiment.run("infer", *options, "sampling.precision=auto") == 0
     out = capsys.readouterr().out
-    assert "nothing is compiled" not in out and "without a CUDA graph" not in out
+    assert "nothing is compiled" not in out and "without CUDA graphs" not in out
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-def test_feed_that_does_not_fit_on_cuda(monkeypatch):
-    monkeypatch.setattr(feed, "MAX_MEMORY_FRACTION", 0.0)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batch_loader_with_data_that_does_not_fit_on_cuda(monkeypatch):
+    monkeypatch.setattr(loader, "MAX_MEMORY_FRACTION", 0.0)
     array, rows = torch.randint(0, 256, (4000, 64, 64), dtype=torch.uint8), torch.randint(0, 4000, (50, 256))
-    latents = feed.BatchLoader([array[:1000], array[1000:]], torch.device("cuda"))
-    for now, then in zip(rows, rows[1:]):
-        assert torch.equal(latents.take(now, then).cpu(), array[now])
+    batches = loader.BatchLoader([array[:1000], array[1000:]], torch.device("cuda"))
+    assert not batches.resident
+    for now, following in zip(rows, rows[1:]):
+        assert torch.equal(batches.batch(now, following).cpu(), array[now])
 
 
-def test_missing_perceptual_weights_before_any_work(experiment, capsys):
-    line = fails(
+def test_missing_perceptual_weights_are_reported_before_training(experiment, capsys):
+    line = error_line(
         experiment, capsys, "train_vae", "vae.perceptual.net=vgg19", "vae.perceptual.weights=nowhere.pth", "--dry-run"
     )
     assert "nowhere.pth is not a file" in line
 
 
-def test_bad_data_is_one_line(experiment, capsys):
-    assert "does not exist" in fails(experiment, capsys, "train_vae", "data.source=folder", "data.path=nowhere")
+def test_missing_data_is_one_line(experiment, capsys):
+    assert "does not exist" in error_line(experiment, capsys, "train_vae", "data.source=folder", "data.path=nowhere")
 
 
 def test_config_mistakes_are_one_line(experiment, capsys):
-    line = fails(experiment, capsys, "infer", "sampling.stesp=3", "vae.lr=fast")
+    line = error_line(experiment, capsys, "infer", "sampling.stesp=3", "vae.lr=fast")
     assert "did you mean sampling.steps?" in line and "vae.lr" in line
 
 
-def test_out_of_memory_outside_of_training_is_one_line(trained, capsys, monkeypatch):
-    def none(*_):
+def test_out_of_memory_in_sampling_is_one_line(trained, capsys, monkeypatch):
+    def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(UNet, "forward", none)
-    assert "use a smaller batch_size, or micro_batch in training (CUDA out of memory" in fails(
+    monkeypatch.setattr(UNet, "forward", out_of_memory)
+    assert "use a smaller batch_size, or micro_batch in training (CUDA out of memory" in error_line(
         trained, capsys, "infer", "sampling.rows=1"
     )
 
 
-def test_a_model_too_large_for_the_memory_is_found_before_the_work(experiment, capsys, monkeypatch):
-    monkeypatch.setattr(feed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    assert "of memory are needed on cpu" in fails(experiment, capsys, "train_vae", "--dry-run")
+def test_a_model_too_large_for_the_memory_is_reported_before_training(experiment, capsys, monkeypatch):
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    assert "of memory are needed on cpu" in error_line(experiment, capsys, "train_vae", "--dry-run")

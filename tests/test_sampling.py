@@ -161,11 +161,11 @@ def test_an_image_does_not_depend_on_its_batch(name):
 def test_clean_steps_add_no_noise():
     """With all steps clean, ancestral is deterministic DDIM; with K, the last K steps make no difference between two noises."""
     deterministic = sample(gaussian_denoiser(LINEAR), noise(4), LINEAR, "ddim", 10)
-    assert torch.equal(sample(gaussian_denoiser(LINEAR), noise(4), LINEAR, "ancestral", 10, clean_steps=10), deterministic)
+    assert torch.equal(sample(gaussian_denoiser(LINEAR), noise(4), LINEAR, "ancestral", 10, clean_finish_steps=10), deterministic)
     drawn = []
     for clean in (0, 4):
         generator = torch.Generator().manual_seed(0)
-        sample(gaussian_denoiser(LINEAR), noise(4), LINEAR, "ancestral", 10, clean_steps=clean, generator=generator)
+        sample(gaussian_denoiser(LINEAR), noise(4), LINEAR, "ancestral", 10, clean_finish_steps=clean, generator=generator)
         after = torch.rand(1, generator=generator)
         fresh = torch.Generator().manual_seed(0)
         for draws in range(11):
@@ -179,7 +179,7 @@ def test_clean_steps_add_no_noise():
 def test_clean_steps_of_ddim():
     """eta = 1 with all but the first K steps clean is eta = 1 for K steps, then eta = 0."""
     seen = []
-    mixed = sample(gaussian_denoiser(LINEAR), noise(4), LINEAR, "ddim", 10, eta=1.0, clean_steps=7, generator=torch.Generator().manual_seed(0),
+    mixed = sample(gaussian_denoiser(LINEAR), noise(4), LINEAR, "ddim", 10, eta=1.0, clean_finish_steps=7, generator=torch.Generator().manual_seed(0),
                    callback=lambda i, t, z_t, z0: seen.append((t, z_t)))  # fmt: skip
     t, z = seen[3]
     for s in [t for t, _ in seen[4:]] + [-1]:
@@ -271,11 +271,11 @@ def test_denoiser_closure_inverts_the_prediction(prediction):
         (dict(order=4), "1, 2 or 3"),
         (dict(steps=0), "between 1 and T = 1000"),
         (dict(steps=1001), "between 1 and T = 1000"),
-        (dict(eta=1.5), "between 0 and 1"),
+        (dict(eta=1.5), r"eta must be in \[0, 1\]"),
         (dict(spacing="even"), "trailing, leading, linspace, logsnr, karras"),
-        (dict(variance="big"), "posterior, beta"),
-        (dict(clean_steps=51), "between 0 and steps"),
-        (dict(generator=[torch.Generator()], eta=1.0), "1 generators for 2 images"),
+        (dict(variance="big"), "posterior or beta"),
+        (dict(clean_finish_steps=51), "between 0 and steps"),
+        (dict(generator=[torch.Generator()], eta=1.0), "must equal the batch size 2 .got 1."),
     ],
 )
 def test_bad_input(options, message):

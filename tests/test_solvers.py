@@ -1,4 +1,4 @@
-"""The ODE and SDE solvers: orders of convergence against closed forms, and step by step against diffusers."""
+"""ODE and SDE solvers: order of convergence against closed forms, and single steps against diffusers."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch
 
 from models.schedules import make_schedule
 from sampling import make_denoiser, sample
-from solvers import SAMPLERS
+from solvers import SAMPLERS, SolverOptions
 
-FINE = make_schedule("linear", 100_000)  # so fine that rounding to timesteps does not disturb an order
+FINE = make_schedule("linear", 100_000)  # rounding to timesteps must not affect the order
 LINEAR = make_schedule("linear")
 STD, MEAN = 0.5, 0.3
 
@@ -25,25 +25,25 @@ def exact_denoiser(schedule):
 
 
 def walk(name, steps, low=-2.5, high=3.0, **options):
-    """Solve from log-SNR low to high in equal steps of it, float64; returns (where it ended, where it should)."""
-    lambdas = -(FINE.sigma(torch.arange(FINE.timesteps)) / FINE.alpha(torch.arange(FINE.timesteps))).log()  # falling with t
+    """Solve from log-SNR low to high in uniform log-SNR steps, float64. Returns (result, exact solution)."""
+    lambdas = -(FINE.sigma(torch.arange(FINE.timesteps)) / FINE.alpha(torch.arange(FINE.timesteps))).log()  # decreasing in t
     times = [int((lambdas - v).abs().argmin()) for v in torch.linspace(low, high, steps + 1).tolist()]
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)
     scale = lambda t: (float(FINE.alpha(t)) ** 2 * STD**2 + float(FINE.sigma(t)) ** 2) ** 0.5
-    # The probability-flow ODE of a Gaussian keeps (z_t - alpha_t m) / sqrt(alpha_t² s² + sigma_t²).
+    # For a Gaussian, the probability-flow ODE conserves (z_t - alpha_t m) / sqrt(alpha_t² s² + sigma_t²).
     exact = float(FINE.alpha(times[-1])) * MEAN + scale(times[-1]) / scale(times[0]) * (
         z - float(FINE.alpha(times[0])) * MEAN
     )
-    options = dict(eta=0.0, order=2, variance="posterior", first_clean=0) | options
+    options = SolverOptions(**dict(randn=lambda: torch.zeros_like(z), num_noisy_steps=0) | options)
     pairs = list(zip(times, times[1:]))
-    return SAMPLERS[name](exact_denoiser(FINE), z, FINE, pairs, lambda: torch.zeros_like(z), **options), exact
+    return SAMPLERS[name](exact_denoiser(FINE), z, FINE, pairs, options), exact
 
 
 @pytest.mark.parametrize("name, order, options", [
     ("ddim", 1, {}), ("euler", 1, {}), ("heun", 2, {}), ("dpmpp_2m", 2, {}), ("unipc", 2, dict(order=2)), ("unipc", 3, dict(order=3)),
 ])  # fmt: skip
 def test_order_of_convergence(name, order, options):
-    """UniPC corrects each step once more, and so reaches one order more than its predictor's: at least the order it is called."""
+    """UniPC also corrects each step, so it reaches at least its nominal order."""
     errors = [float((a - b).abs().max()) for a, b in (walk(name, steps, **options) for steps in (20, 40, 80))]
     orders = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
     if name == "unipc":
@@ -53,8 +53,8 @@ def test_order_of_convergence(name, order, options):
 
 
 def test_sde_form_without_noise_is_the_ode_form():
-    """All steps clean: the same numbers."""
-    assert torch.equal(walk("dpmpp_2m_sde", 10, first_clean=0)[0], walk("dpmpp_2m", 10)[0])
+    """Without noisy steps both give the same result."""
+    assert torch.equal(walk("dpmpp_2m_sde", 10, num_noisy_steps=0)[0], walk("dpmpp_2m", 10)[0])
 
 
 @pytest.mark.parametrize("steps, tolerance", [(50, 0.06), (200, 0.02)])

@@ -80,7 +80,7 @@ def test_rescale_gives_the_conditional_spread():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(rescale=1.5), "rescale is between 0 and 1"), (dict(interval=(3.0, 1.0)), "from a lower to a higher"),
+    (dict(rescale=1.5), r"rescale must be in \[0, 1\]"), (dict(interval=(3.0, 1.0)), "0 <= low < high"),
 ])  # fmt: skip
 def test_bad_guidance(options, message):
     with pytest.raises(ValueError, match=message):
@@ -157,11 +157,11 @@ def test_outside_the_mask_knows_what_is_kept():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(init_latents=torch.zeros(4, 2, 8, 8)), "latents to start from are"),
-    (dict(init_latents=torch.zeros(4, 2, 4, 4), mask=torch.zeros(3, 3)), "does not broadcast"),
-    (dict(mask=torch.zeros(4, 4)), "needs clean latents"),
-    (dict(init_latents=torch.zeros(4, 2, 4, 4), strength=0.0), "strength is more than 0"),
-    (dict(init_latents=torch.zeros(4, 2, 4, 4), strength=1.1), "strength is more than 0"),
+    (dict(init_latents=torch.zeros(4, 2, 8, 8)), "init_latents must have the shape of noise"),
+    (dict(init_latents=torch.zeros(4, 2, 4, 4), mask=torch.zeros(3, 3)), "mask must be broadcastable"),
+    (dict(mask=torch.zeros(4, 4)), "need init_latents"),
+    (dict(init_latents=torch.zeros(4, 2, 4, 4), strength=0.0), r"strength must be in \(0, 1\]"),
+    (dict(init_latents=torch.zeros(4, 2, 4, 4), strength=1.1), r"strength must be in \(0, 1\]"),
 ])  # fmt: skip
 def test_bad_starts(options, message):
     with pytest.raises(ValueError, match=message):

@@ -114,7 +114,7 @@ class Trainer:
         if not self.finished:
             distributed.barrier()  # wait until rank 0 has saved: torchrun ends all processes when one exits
             raise Stopped(
-                f"stopped at step {self.steps_done} of {self.cfg.steps}; state saved in {self.folder}, "
+                f"stopped at step {self.steps_done} of {self.cfg.steps}; state saved in {self.folder}; "
                 f"run the same command to resume",
                 self._stopped_by,
             )

@@ -25,7 +25,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-# Weights files: tensors, and JSON metadata with the arguments that build the network ("settings")
+# Weights files: tensors, and JSON metadata; "settings" are the arguments of the network class
 
 REQUIRED_METADATA = {
     "vae": {"settings", "image_size", "data_fingerprint", "step", "steps", "complete"},
@@ -44,20 +44,19 @@ REQUIRED_METADATA = {
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    """Write tensors and metadata to a safetensors file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"nanoldm": json.dumps(metadata)}))
 
 
 def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor], dict]:
-    """Return tensors and metadata of a weights file. `kind` is vae or unet; `made_by` is the script to run if it fails."""
+    """Return tensors and metadata. kind: vae or unet; made_by: script to name in errors."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: run {made_by} first")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("nanoldm", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # safetensors and json have their own error types; nothing in the file was executed
+    except Exception as error:  # many error types
         raise UserError(
             f"{path} is damaged or not a safetensors file ({first_line(error)}): remove it and run {made_by} again"
         ) from None
@@ -69,16 +68,13 @@ def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor]
 def load_network(
     network_class: type[nn.Module], path: Path, kind: str, made_by: str, device: torch.device
 ) -> tuple[nn.Module, dict, dict[str, Tensor]]:
-    """Build the network of a weights file, frozen and on the device.
-
-    Returns the network, the metadata, and the tensors of the normalizer (named "normalizer.…"), which only U-Net files have.
-    """
+    """Return the frozen network of a weights file, its metadata, and the tensors of a U-Net's normalizer."""
     tensors, metadata = load_weights(path, kind, made_by)
     extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("normalizer.")}
     try:
         net = network_class(**metadata["settings"])
         net.load_state_dict(tensors, strict=True)
-    except Exception as error:  # invalid settings, missing tensors, wrong shapes
+    except Exception as error:
         raise UserError(
             f"{path}: its tensors do not fit the network in its metadata ({first_line(error)}): "
             f"remove it and run {made_by} again"
@@ -90,15 +86,14 @@ def load_network(
 
 
 def save_tensors(path: Path, content: dict) -> None:
-    """Write a dictionary of tensors, numbers and strings to a .pt file."""
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
 def load_tensors(path: Path, remedy: str, mmap: bool = False) -> dict:
-    """Read a .pt dictionary without executing anything in it. `remedy` ends the error message for a bad file."""
+    """Read a .pt dictionary without executing code in it. `remedy` ends error messages."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # truncated zip, refused pickle, wrong magic number: many error types
+    except Exception as error:  # many error types
         raise UserError(f"{path} is damaged or not made by this project ({first_line(error)}): {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not made by this project: {remedy}")
@@ -106,7 +101,7 @@ def load_tensors(path: Path, remedy: str, mmap: bool = False) -> dict:
 
 
 def load_perceptual(cfg: PerceptualConfig, device: torch.device) -> nn.Module | None:
-    """Return the frozen perceptual distance, (images, images) (B, 3, H, W) in [-1, 1] -> (B,), or None for net=none."""
+    """Return a frozen distance of two batches (B, 3, H, W) in [-1, 1] -> (B,); None for net=none."""
     if cfg.net == "none":
         return None
     try:

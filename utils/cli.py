@@ -1,7 +1,7 @@
 """Command line of all scripts: [CONFIG] [section.key=value ...] [--dry-run] [--help].
 
-Exit codes: 0 success; 1 diverged training or an unexpected error; 2 an error that the user can fix, printed as one line;
-128+N stopped by signal N. This module does not import torch, so --help and config errors are reported at once.
+Exit codes: 0 success, 1 diverged or unexpected error, 2 UserError, 128+N stopped by signal N.
+Does not import torch, which takes seconds, so that --help and config errors appear at once.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from config import Config
 from utils.errors import Diverged, Stopped, UserError
 from utils.settings import DEFAULT_CONFIG, help_text, load_config
 
-# Large pages for CPU tensors train up to 1.4x faster if page faults are expensive. torch reads this when it is imported.
+# Large pages for CPU tensors: training is up to 1.4x faster. Read when torch is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-IS_MAIN = os.environ.get("RANK", "0") == "0"  # only rank 0 prints
+IS_MAIN = os.environ.get("RANK", "0") == "0"
 if not IS_MAIN:
-    os.environ["TQDM_DISABLE"] = "1"  # tqdm reads this when it is imported
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
 HELP_FLAGS = {"--help", "-h"}
 
-command = ""  # the command line of this process, stored in the files that it writes
+command = ""  # command line of this process, stored in its output files
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 
 
 def handle_help(doc: str) -> None:
-    """Answer --help and report config errors before torch is imported, which takes seconds."""
+    """Answer --help and report config errors before torch is imported."""
     if HELP_FLAGS & set(sys.argv[1:]):
         if IS_MAIN:
             print(help_text(doc))
@@ -61,21 +61,18 @@ def handle_help(doc: str) -> None:
 
 @functools.cache
 def commit() -> str:
-    """Return the short hash of this checkout's commit, "" outside a git checkout.
-
-    Appends -dirty if tracked files outside results/ have changed.
-    """
+    """Return the commit hash, with -dirty if files outside results/ have changed; "" outside a git checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
 
     try:
-        if Path(git("rev-parse", "--show-toplevel").stdout.strip() or "/") != root:  # root may lie inside another repository
+        if Path(git("rev-parse", "--show-toplevel").stdout.strip() or "/") != root:  # inside another repository
             return ""
         dirty = git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode
         return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if dirty else "")
-    except OSError:  # git is not installed
+    except OSError:
         return ""
 
 
@@ -88,12 +85,12 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         print(help_text(doc))
         return 0
 
-    from utils import distributed  # imports torch
+    from utils import distributed
 
     try:
         config, dry_run = parse(argv)
         distributed.init()
-        commit()  # cached now, because the checkout may change while this process runs
+        commit()  # cached: the checkout may change later
         with contextlib.nullcontext() if IS_MAIN else contextlib.redirect_stdout(open(os.devnull, "w")):
             work(config, dry_run)
         distributed.cleanup()
@@ -106,10 +103,10 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     if IS_MAIN:
         print(message, file=sys.stderr)
     elif message.startswith("error: "):
-        time.sleep(2)  # if rank 0 has the same error, it prints it and torchrun ends this process first
+        time.sleep(2)  # if rank 0 fails too, it prints the error and torchrun ends this process
         print(f"process {os.environ['RANK']}: {message}", file=sys.stderr)
     if distributed.world_size() > 1:
-        # Other ranks may wait for this one in a collective, where a normal exit would hang. torchrun ends them.
+        # A normal exit would hang if other ranks wait in a collective. torchrun ends them.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -117,7 +114,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
 
 
 def exit_message(error: BaseException) -> tuple[str | None, int]:
-    """Return a one-line message and the exit code; the message is None for an unexpected error."""
+    """Return a one-line message (None for an unexpected error) and the exit code."""
     from utils.device import is_out_of_memory
     from utils.files import DISK_FULL_ERRNOS, first_line
 

@@ -17,7 +17,7 @@ STATE_BYTES_PER_PARAM = 40  # on disk: state.pt and the weights file (EMA), each
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device; auto selects cuda, else mps, else cpu. With torchrun, a process gets the GPU of its local rank."""
+    """Return the device. auto: cuda, else mps, else cpu. torchrun: the GPU of the local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
@@ -39,11 +39,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype for autocast. auto selects bfloat16 if the hardware supports it, else float32.
-
-    Hardware support means CUDA capability 8.0 or higher, or a CPU with AMX or AVX512-BF16.
-    """
-    torch.backends.cudnn.allow_tf32 = name != "float32"  # an explicit float32 also turns off TF32 in convolutions
+    """Return the autocast dtype. auto: bfloat16 on CUDA >= 8.0 and CPUs with AMX or AVX512-BF16, else float32."""
+    torch.backends.cudnn.allow_tf32 = name != "float32"  # explicit float32: no TF32 either
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -54,35 +51,34 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Return an autocast context for dtype, disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Module) -> None:
-    """Apply torch.compile in place if `setting` is true, or auto on CUDA. Prints a note if torch.compile does not work."""
+    """Apply torch.compile in place if `setting` is true, or auto on CUDA. Prints a note if it fails."""
     if setting is False or (setting == "auto" and device.type != "cuda"):
         return
     problem = missing_compiler(device)
     if problem:
         print(f"note: nothing is compiled because torch.compile fails: {problem}")
         return
-    # Modules of one class share a cache. Each adds an entry for training, for evaluation and for a smaller last batch.
+    # Modules of one class share a cache: an entry each for training, evaluation and a smaller last batch.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 1024
     for network in networks:
-        network.compile(dynamic=False)  # batches have one size; a smaller last batch compiles once more
+        network.compile(dynamic=False)
 
 
 @functools.cache
 def missing_compiler(device: torch.device) -> str | None:
-    """Return why torch.compile fails on this machine, e.g. without a C++ compiler or Triton; None if it works."""
+    """Return why torch.compile fails, e.g. a missing C++ compiler or Triton; None if it works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # torch, Triton and Inductor each have their own error types
+    except Exception as error:  # many error types
         return first_line(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also recognizes the RuntimeErrors of cuDNN, cuBLAS, Triton, Inductor and the CPU allocator."""
+    """Recognize also the RuntimeErrors of cuDNN, cuBLAS, Triton, Inductor and CPUs."""
     texts = "out of memory", "unable to find an engine", "ALLOC_FAILED", "can't allocate memory"
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
@@ -94,7 +90,7 @@ def num_params(net: nn.Module) -> int:
 
 
 def require_memory(device: torch.device, needed_bytes: int) -> None:
-    """Raise UserError if the device has less free memory than this, a lower bound without activations."""
+    """Check for enough free memory. needed_bytes excludes activations."""
     free = free_memory(device)
     if needed_bytes > free:
         raise UserError(
@@ -104,12 +100,11 @@ def require_memory(device: torch.device, needed_bytes: int) -> None:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Return the GPU's name, or the CPU architecture with device and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free memory of the device in bytes."""
+    """Free memory in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

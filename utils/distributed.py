@@ -1,9 +1,8 @@
-"""Data-parallel processes: `torchrun --nproc-per-node N train_diffusion.py …`. With one process, these functions do nothing.
+"""Data parallelism with torchrun. With one process, these functions do nothing.
 
-All ranks draw the same random batch, each computes the gradients of its shard, and the gradients are summed. The result
-matches a single process up to rounding, with two exceptions: dropout masks differ between ranks, and the adaptive weight of
-the adversarial loss is computed per micro-batch. Rank 0 makes all decisions, writes all files and prints.
-Control messages use gloo on the CPU. Gradients use nccl on CUDA.
+All ranks draw the same random batch, each processes its shard, and gradients are summed. The result matches a single
+process up to rounding, except that dropout masks differ between ranks and the adaptive weight of the adversarial loss is
+computed per micro-batch. Only rank 0 decides, writes and prints. Control messages use gloo, CUDA gradients nccl.
 """
 
 import datetime
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = datetime.timedelta(hours=2)  # other ranks wait while rank 0 builds the image cache or evaluates
+TIMEOUT = datetime.timedelta(hours=2)  # ranks wait while rank 0 reads images or evaluates
 
 
 def rank() -> int:
@@ -22,7 +21,6 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes that torchrun started, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -56,7 +54,7 @@ def broadcast(numbers: list[float]) -> list[float]:
 
 
 def gather_objects(obj: Any) -> list | None:
-    """Gather one object per rank. Returns the list, in rank order, on rank 0 and None on other ranks."""
+    """Return one object per rank, in rank order, on rank 0; None on other ranks."""
     if world_size() == 1:
         return [obj]
     objects = [None] * world_size() if is_main() else None
@@ -65,7 +63,7 @@ def gather_objects(obj: Any) -> list | None:
 
 
 def shard(n: int) -> range:
-    """Return the contiguous part of range(n) that belongs to this rank."""
+    """Return this rank's contiguous part of range(n)."""
     return range(rank() * n // world_size(), (rank() + 1) * n // world_size())
 
 
@@ -81,7 +79,6 @@ def sum_gradients(net: nn.Module) -> None:
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Return the sum of a tensor over ranks."""
     if world_size() > 1:
         value = value.clone()
         dist.all_reduce(value)

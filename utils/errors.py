@@ -1,16 +1,16 @@
-"""Exceptions that end a script with an exit code of their own; see utils/cli.py.
+"""Exceptions with their own exit code (utils/cli.py).
 
-Throughout the project, functions raise UserError for problems that the user can fix, such as a missing file or a wrong
-setting. Scripts print it as one line and exit with code 2. Docstrings do not repeat this.
+In this project, functions raise UserError for problems that the user can fix, such as a missing file or a wrong setting.
+Scripts print it as one line and exit with code 2. Docstrings do not repeat this.
 """
 
 
 class UserError(Exception):
-    """A problem that the user can fix. The message is one line: what is wrong, the value, how to fix it."""
+    """One line: what is wrong, the value, how to fix it."""
 
 
 class Stopped(Exception):
-    """The process received a signal to stop; the training state is saved."""
+    """A signal stopped the script; its state is saved."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

@@ -19,10 +19,10 @@ class NoSpaceError(OSError):
 
 @contextlib.contextmanager
 def raise_no_space(path: Path):
-    """Convert every error caused by a full disk to NoSpaceError; other errors pass through."""
+    """Convert any error caused by a full disk to NoSpaceError."""
     try:
         yield
-    except Exception as error:  # torch raises RuntimeError and safetensors its own type, without an errno
+    except Exception as error:  # torch and safetensors raise errors without errno
         full = isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
         if full or (path.parent.exists() and shutil.disk_usage(path.parent).free < 1_000_000):
             raise NoSpaceError(errno.ENOSPC, "no space left on device", str(path)) from error
@@ -31,17 +31,17 @@ def raise_no_space(path: Path):
 
 @contextlib.contextmanager
 def warn_if_disk_full(what: str):
-    """Print a warning instead of raising NoSpaceError, so that training continues."""
+    """Turn NoSpaceError into a warning."""
     try:
         yield
     except NoSpaceError:
-        from tqdm import tqdm  # not at the top: utils/cli.py sets TQDM_DISABLE before tqdm is imported
+        from tqdm import tqdm  # after utils/cli.py has set TQDM_DISABLE
 
         tqdm.write(f"warning: no space left on disk for {what}; the files of the last save are kept, training continues")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary) and rename the result to `path`. On an error, `path` is unchanged."""
+    """Call write(temporary) and rename the file to `path`, which an error leaves unchanged."""
     make_dir(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -55,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def keep_old_version(folder: Path, name: str, suffixes: tuple[str, ...]) -> None:
-    """Rename the existing ones of folder/<name><suffix> to <name>-<n><suffix>, with the first free n ≥ 2."""
+    """Rename folder/<name><suffix> to <name>-<n><suffix> with the first free n >= 2."""
     n = next(n for n in count(2) if not any((folder / f"{name}-{n}{suffix}").exists() for suffix in suffixes))
     for suffix in suffixes:
         if (folder / f"{name}{suffix}").exists():
@@ -64,7 +64,6 @@ def keep_old_version(folder: Path, name: str, suffixes: tuple[str, ...]) -> None
 
 
 def make_dir(folder: Path) -> None:
-    """Create a folder and its parents."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -72,7 +71,7 @@ def make_dir(folder: Path) -> None:
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raise UserError if the folder is not writable or its disk has less free space than this."""
+    """Check that the folder is writable and its disk has enough free space."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -86,5 +85,5 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 def first_line(error: Exception) -> str:
     """Return the first line of an error message, at most 160 characters."""
     text = str(error).strip() or type(error).__name__
-    # torch.load adds advice to disable weights_only in the same line.
+    # torch.load appends advice to disable weights_only.
     return text.splitlines()[0].split(". This file can still be loaded")[0][:160]

@@ -1,4 +1,4 @@
-"""Image grids, PNG files with their settings in the metadata, and conversion between pixels and tensors."""
+"""Image grids, PNG and GIF files, and conversion between pixels and tensors."""
 
 import json
 import textwrap
@@ -15,7 +15,7 @@ FONT_SIZE, LINE_HEIGHT, MAX_CHAR_WIDTH = 11, 14, 6  # pixels
 
 
 def image_grid(images: np.ndarray, cols: int, gap: int = 2, titles: list[str] = ()) -> Image.Image:
-    """Arrange uint8 (N, H, W, 3) in rows of `cols` images with a white gap. titles[i] is written above row i."""
+    """Arrange uint8 (N, H, W, 3) in rows of `cols` images. titles[i] is written above row i."""
     n, h, w, _ = images.shape
     rows, width = -(-n // cols), cols * (w + gap) - gap
     wrapped = [textwrap.wrap(title, max(8, width // MAX_CHAR_WIDTH)) or [""] for title in titles]
@@ -43,7 +43,7 @@ def comparison_grid(originals: np.ndarray, reconstructions: np.ndarray, cols: in
 
 
 def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write a PNG with `settings` in its text chunks: strings unchanged, other values as JSON."""
+    """Write a PNG with `settings` as text chunks, non-strings as JSON."""
     info = PngImagePlugin.PngInfo()
     for name, value in (settings or {}).items():
         info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
@@ -51,7 +51,7 @@ def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> No
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
-    """Write an endless GIF at six frames per second that pauses on its last frame."""
+    """Write an endless GIF that pauses on its last frame."""
     durations = [160] * (len(frames) - 1) + [1600]  # ms
     options = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
     write_atomically(path, lambda temporary: frames[0].save(temporary, format="GIF", **options))

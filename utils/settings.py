@@ -1,4 +1,4 @@
-"""Read a YAML file and `section.key=value` overrides into a validated Config, and format the text of --help."""
+"""Load and validate a Config from YAML and overrides, and format --help."""
 
 import difflib
 import re
@@ -35,9 +35,9 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
-    """Read a YAML file and its `base:` file, apply overrides "section.key=value", and validate.
+    """Read a YAML file on top of its `base:` file, apply section.key=value overrides, and validate.
 
-    One UserError lists all unknown keys, wrong types and out-of-range values.
+    A single UserError lists all bad keys and values.
     """
     tree = _read_with_base(Path(path)) if path else {}
     for override in overrides:
@@ -80,7 +80,7 @@ def _read_yaml(path: Path) -> dict:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
-    except (TypeError, ValueError) as error:  # a list as a key, or an invalid date
+    except (TypeError, ValueError) as error:  # e.g. a list as a key, an invalid date
         raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -103,9 +103,9 @@ def _merge(base: dict, changes: dict) -> dict:
 
 def _describe(error: ValidationError) -> str:
     """Return all validation errors in one line."""
-    messages: dict[tuple[str, str], list[str]] = {}  # (key, value) -> messages, one per member of a union type
+    messages: dict[tuple[str, str], list[str]] = {}  # (key, value) -> one message per union member
     for entry in error.errors():
-        # pydantic adds the names of union members to the location; they are not part of the key.
+        # pydantic adds the names of union members to the location.
         union_member = r"^(literal|constrained|float|int|bool|str|dict|function|list)\b"
         key = ".".join(str(part) for part in entry["loc"] if not re.match(union_member, str(part)))
         value, message = f" (got {entry.get('input')!r})", entry["msg"].removeprefix("Value error, ")
@@ -113,7 +113,7 @@ def _describe(error: ValidationError) -> str:
             value, message = "", f": unknown key{_suggestion(key)}"
         elif entry["type"] == "model_type":
             message = " must be a section"
-        elif not key:  # a rule across keys, whose message names them
+        elif not key:  # a rule across keys
             value = ""
         else:
             # "Input should be greater than 0" -> "must be greater than 0"
@@ -127,7 +127,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """Look for a key in the same section that contains the name or is spelled similarly, then in other sections."""
+    """Look for a similar key in the same section, then in all sections."""
     section, _, name = key.rpartition(".")
     known = [known_key for known_key, _ in walk(Config)] + ([] if section else list(Config.model_fields))
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
@@ -141,7 +141,7 @@ def _suggestion(key: str) -> str:
 
 
 def walk(model: type[BaseModel], prefix: str = ""):
-    """Yield (dotted name, field) for every key of a model, in order."""
+    """Yield (dotted name, field) for every key."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from walk(field.annotation, f"{prefix}{name}.")
@@ -150,7 +150,6 @@ def walk(model: type[BaseModel], prefix: str = ""):
 
 
 def help_text(doc: str) -> str:
-    """Return the script's docstring, its usage, and every key with default, type and description."""
     lines = [
         doc.strip(),
         "",
