@@ -365,37 +365,64 @@ def test_resuming_with_conditions_is_bitwise_exact(conditional, tmp_path, option
     for steps in (3, 6):
         assert experiment.run("train_diffusion", *options, "diffusion.name=resumed", f"diffusion.steps={steps}") == 0
     name = options[-1].split("=")[1]
-    at_once, resumed = (load_file(experiment.run_dir / n / "unet.safetensors") for n in (name, "resumed"))
-    assert all(torch.equal(at_once[k], resumed[k]) for k in at_once)
+    uninterrupted, resumed = (load_file(experiment.run_dir / n / "unet.safetensors") for n in (name, "resumed"))
+    assert all(torch.equal(uninterrupted[k], resumed[k]) for k in uninterrupted)
 
 
-@pytest.mark.parametrize("model, options, message", [
-    (CLASSES, ["sampling.labels=[{hair_color: 6}]"], "hair_color has no value 6; its values are 0 black"),
-    (CLASSES, ["sampling.labels=[{smell: 1}]"], "'smell' is not a label of this model; its labels are hair_color, glasses"),
-    (CLASSES, ["sampling.labels=[red]"], "must name its kind of label, for example {hair_color: red}"),
-    (CLASSES, ["sampling.prompts=[a man]"], "trained on labels, not on captions; use sampling.labels"),
-    (WORDS, ["sampling.labels=[1]"], "trained on captions, not on labels; use sampling.prompts"),
-    ([], ["sampling.labels=[1]"], "this model is unconditional; remove the setting, or train with diffusion.condition=class"),
-    ([], ["sampling.prompts=[a man]"], "this model is unconditional; remove the setting, or train with diffusion.condition=text"),
-    ([], ["sampling.guidance=3"], "sampling.guidance must be 1 if diffusion.condition=none (got 3)"),
-    ([], ["sampling.guidance=3", "sampling.autoguidance=none.safetensors"], "none.safetensors does not exist"),
-    ([], ["sampling.labels=[1]", "sampling.prompts=[a]"], "are mutually exclusive"),
-    ([], ["sampling.guidance_interval=[3.0,1.0]"], "must be [low, high] with low < high"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        (CLASSES, ["sampling.labels=[{hair_color: 6}]"], "hair_color has no value 6; its values are 0 black"),
+        (
+            CLASSES,
+            ["sampling.labels=[{smell: 1}]"],
+            "'smell' is not a label of this model; its labels are hair_color, glasses",
+        ),
+        (CLASSES, ["sampling.labels=[red]"], "must name its kind of label, for example {hair_color: red}"),
+        (CLASSES, ["sampling.prompts=[a man]"], "trained on labels, not on captions; use sampling.labels"),
+        (WORDS, ["sampling.labels=[1]"], "trained on captions, not on labels; use sampling.prompts"),
+        (
+            [],
+            ["sampling.labels=[1]"],
+            "this model is unconditional; remove the setting, or train with diffusion.condition=class",
+        ),
+        (
+            [],
+            ["sampling.prompts=[a man]"],
+            "this model is unconditional; remove the setting, or train with diffusion.condition=text",
+        ),
+        ([], ["sampling.guidance=3"], "sampling.guidance must be 1 if diffusion.condition=none (got 3)"),
+        ([], ["sampling.guidance=3", "sampling.autoguidance=none.safetensors"], "none.safetensors does not exist"),
+        ([], ["sampling.labels=[1]", "sampling.prompts=[a]"], "are mutually exclusive"),
+        ([], ["sampling.guidance_interval=[3.0,1.0]"], "must be [low, high] with low < high"),
+    ],
+)
 def test_bad_requests(conditional, capsys, model, options, message):
     assert conditional.run("infer", *model, *options) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0], error
 
 
-@pytest.mark.parametrize("options, message", [
-    (["diffusion.condition=class", "diffusion.labels=[hat, smell]"], "diffusion.labels: unknown label 'smell'"),
-    (["diffusion.condition=text"], "needs text.encoder=clip or words"),
-    (["sampling.guidance=3"], "sampling.guidance must be 1 if diffusion.condition=none (got 3)"),
-    (["diffusion.condition=text", "text.encoder=words"], "diffusion.cross_attn_resolutions must contain at least one of 8, 4"),
-    (["diffusion.condition=text", "text.encoder=words", "diffusion.cross_attn_resolutions=[16]"], "must contain at least one of 8, 4, the U-Net's resolutions, if diffusion.condition=text (got [16])"),
-    (["diffusion.condition=text", "text.encoder=clip", "diffusion.cross_attn_resolutions=[4]"], "text.encoder was none, now clip"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["diffusion.condition=class", "diffusion.labels=[hat, smell]"], "diffusion.labels: unknown label 'smell'"),
+        (["diffusion.condition=text"], "needs text.encoder=clip or words"),
+        (["sampling.guidance=3"], "sampling.guidance must be 1 if diffusion.condition=none (got 3)"),
+        (
+            ["diffusion.condition=text", "text.encoder=words"],
+            "diffusion.cross_attn_resolutions must contain at least one of 8, 4",
+        ),
+        (
+            ["diffusion.condition=text", "text.encoder=words", "diffusion.cross_attn_resolutions=[16]"],
+            "must contain at least one of 8, 4, the U-Net's resolutions, if diffusion.condition=text (got [16])",
+        ),
+        (
+            ["diffusion.condition=text", "text.encoder=clip", "diffusion.cross_attn_resolutions=[4]"],
+            "text.encoder was none, now clip",
+        ),
+    ],
+)
 def test_bad_training(conditional, capsys, options, message):
     assert conditional.run("train_diffusion", *options, "diffusion.name=bad") == 2
     error = capsys.readouterr().err.strip().splitlines()
