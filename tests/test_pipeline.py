@@ -278,7 +278,7 @@ def test_a_time_budget_ends_a_stage(experiment, capsys):
     "max_minutes, expected", [(None, [10, 20, 30, 40]), (1.0, [10, 20, 30, 40]), (0.25, [16, 32, 48, 64])]
 )
 def test_progress_bar_counts_the_budget_that_ends_the_run(tmp_path, monkeypatch, max_minutes, expected):
-    """10 steps of 2.4 s by a fake clock, with no, a larger and a smaller time budget. A resumed run starts where it stopped."""
+    """10 steps of 2.4 s by a fake clock, with no, a larger and a smaller time budget. A resumed run continues the bar."""
     now = 0.0
     monkeypatch.setattr(trainer_module, "time", types.SimpleNamespace(monotonic=lambda: now))
     cfg = VAEConfig(steps=10, batch_size=2, max_minutes=max_minutes, micro_batch=2, log_every=1000)
