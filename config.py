@@ -115,6 +115,12 @@ class TrainingConfig(Section):
 
 
 class VAEConfig(TrainingConfig):
+    steps: Count = setting(20000, "total number of optimizer steps; 0 uses the weights of init_from without training")
+    init_from: Optional[PathText] = setting(
+        None,
+        "weights to start from: a vae.safetensors, or a diffusers AutoencoderKL as a folder or Hugging Face hub id; the "
+        "architecture comes from the weights, and channels … output_activation are ignored",
+    )
     channels: ChannelsPerLevel = setting(
         [64, 112, 128], "channels per resolution level; downsampling factor f = patch_size · 2^(levels-1)"
     )
@@ -158,6 +164,11 @@ class TextConfig(Section):
 
 
 class DiffusionConfig(TrainingConfig):
+    init_from: Optional[PathText] = setting(
+        None,
+        "weights to start from: a unet.safetensors, or a diffusers UNet2DModel as a folder or Hugging Face hub id; the "
+        "architecture comes from the weights",
+    )
     name: Optional[Name] = setting(
         None, "name of this U-Net, its folder is <runs_dir>/<name>/<diffusion.name>; default: the schedule's name"
     )
@@ -224,7 +235,7 @@ class SamplingConfig(Section):
     )
     sigma_max: Optional[PositiveFloat] = setting(
         None,
-        "start at the last timestep with sigma/alpha at most this; default: 80 for cosine, 1000 for flow, else no limit",
+        "start at the last timestep with sigma/alpha at most this; default: 70 for cosine, 1000 for flow, else no limit",
     )
     x0_clamp: Union[Literal["range", "none"], PositiveFloat] = setting(
         "range",
@@ -357,6 +368,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "Config":
+        if self.vae.steps == 0 and self.vae.init_from is None:
+            raise ValueError("vae.steps must be at least 1 without vae.init_from (got 0)")
+        if self.vae.init_from is not None:
+            return self  # the downsampling factor is known when the weights are read
         size, levels = self.data.image_size, len(self.diffusion.channels)
         f, latent_size = self.vae.downsampling, size // self.vae.downsampling
         if size % f:
@@ -381,6 +396,8 @@ class Config(Section):
             return self
         if self.text.encoder == "none":
             raise ValueError("diffusion.condition=text needs text.encoder=clip or words (got none)")
+        if self.vae.init_from is not None:
+            return self  # UNet checks the resolutions
         latent_size = self.data.image_size // self.vae.downsampling
         resolutions = [latent_size >> level for level in range(len(self.diffusion.channels))]
         if not set(resolutions) & set(self.diffusion.cross_attn_resolutions):

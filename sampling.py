@@ -144,7 +144,7 @@ def timesteps(
     strength  run only this fraction of the steps, from this fraction of the timesteps down to 0
 
     Returns fewer timesteps if fewer are usable, and for logsnr and karras if neighbors round to the same timestep.
-    The last timesteps of the cosine schedule have sigma/alpha from 80 to 20,000, which multiplies an error in eps.
+    The last timesteps of the cosine schedule have sigma/alpha from 70 to 20,000, which multiplies an error in eps.
     """
     if not 1 <= steps <= schedule.timesteps:
         raise ValueError(f"steps must be between 1 and T = {schedule.timesteps} (got {steps})")

@@ -40,6 +40,7 @@ from utils.device import (
 from utils.errors import UserError
 from utils.files import require_space
 from utils.images import image_grid
+from utils.pretrained import initialize, load_pretrained
 
 EVAL_LATENTS = 256  # validation latents per evaluation, each used once per timestep bin
 PREVIEW_STEPS = 20
@@ -121,7 +122,10 @@ def train(config: Config, dry_run: bool) -> None:
 
 
 def build_unet(cfg: DiffusionConfig, in_channels: int, size: int, conditioning: dict | None) -> UNet:
+    """A new U-Net, or the one of diffusion.init_from."""
     try:
+        if cfg.init_from is not None:
+            return pretrained_unet(cfg, in_channels, size, conditioning)
         return UNet(
             in_channels=in_channels,
             size=size,
@@ -139,6 +143,28 @@ def build_unet(cfg: DiffusionConfig, in_channels: int, size: int, conditioning: 
         raise UserError(f"diffusion: {error}") from None
 
 
+def pretrained_unet(cfg: DiffusionConfig, in_channels: int, size: int, conditioning: dict | None) -> UNet:
+    """The U-Net of diffusion.init_from for this dataset. A conditioner that does not fit is initialized randomly."""
+    key, pretrained = "diffusion.init_from", load_pretrained("unet", cfg.init_from, "diffusion.init_from")
+    settings, state, metadata = pretrained.settings, pretrained.state, pretrained.metadata
+    if (settings["in_channels"], settings["size"]) != (in_channels, size):
+        raise UserError(
+            f"{key}: {cfg.init_from} takes latents of {settings['size']}x{settings['size']}x{settings['in_channels']}, "
+            f"and the encodings are {size}x{size}x{in_channels}"
+        )
+    for name in ("prediction", "schedule"):
+        if metadata.get(name, getattr(cfg, name)) != getattr(cfg, name):
+            raise UserError(f"{key}: {cfg.init_from} was trained with diffusion.{name}={metadata[name]}: use the same here")
+    unet = UNet(**settings | dict(conditioning=conditioning, dropout=cfg.dropout))
+    new = unet.state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith("conditioner.") or (k in new and v.shape == new[k].shape)}
+    reset = [k for k in new if k.startswith("conditioner.") and k not in state]
+    if conditioning != settings["conditioning"]:
+        print(f"note: {key}: the condition differs; initialized randomly: {', '.join(reset) or 'nothing'}")
+    initialize(unet, state | {k: new[k] for k in reset}, key)
+    return unet
+
+
 def print_plan(config: Config, unet: UNet, encodings: LatentDataset, hardware: str) -> None:
     cfg = config.diffusion
     n, channels, size, _ = encodings.mean.shape
@@ -146,6 +172,8 @@ def print_plan(config: Config, unet: UNet, encodings: LatentDataset, hardware: s
     condition = f", {describe(unet.conditioner)}" if unet.conditioner else ""
     limit = f", at most {cfg.max_minutes:g} minutes" if cfg.max_minutes else ""
     print("stage 3 of 4: train the U-Net")
+    if cfg.init_from:
+        print(f"initial weights: {cfg.init_from}")
     print(f"U-Net: {num_params(unet) / 1e6:.2f}M parameters, {size}x{size}x{channels} latents, {hardware}")
     print(f"latents: {n:,} for training{mirrored}, {len(encodings.val_mean):,} for validation")
     print(
@@ -154,10 +182,11 @@ def print_plan(config: Config, unet: UNet, encodings: LatentDataset, hardware: s
     print(f"steps: {cfg.steps:,} with {cfg.batch_size} latents each{limit}")
     folder = config.run_dir / config.diffusion_name
     print(f"files: {folder}/unet.safetensors, state.pt, metrics.jsonl, curves.png, samples/")
-    sizes = [size >> level for level in range(len(cfg.channels))]
-    if cfg.attn_resolutions and not set(cfg.attn_resolutions) & set(sizes):
+    attn_resolutions = unet.settings["attn_resolutions"]
+    sizes = [size >> level for level in range(len(unet.settings["channels"]))]
+    if attn_resolutions and not set(attn_resolutions) & set(sizes):
         print(
-            f"note: diffusion.attn_resolutions {cfg.attn_resolutions} matches none of the U-Net's resolutions, "
+            f"note: diffusion.attn_resolutions {attn_resolutions} matches none of the U-Net's resolutions, "
             f"{', '.join(map(str, sizes))}: only the bottleneck has self-attention"
         )
 

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from config import Config, VAEConfig
+from config import Config
 from dataset import TRAIN, VAL
 from dataset.image_cache import DatasetIndex, Images, index_dataset
 from dataset.loader import BatchLoader, Shuffle
@@ -33,8 +33,10 @@ from utils.device import (
     pick_precision,
     require_memory,
 )
+from utils.errors import UserError
 from utils.files import require_space
 from utils.images import comparison_grid, to_float, to_uint8
+from utils.pretrained import initialize, load_pretrained
 
 EVAL_IMAGES = 512  # validation images per evaluation
 GRID_IMAGES = 32
@@ -46,7 +48,7 @@ def train(config: Config, dry_run: bool) -> None:
     perceptual = load_perceptual(cfg.perceptual, device) if cfg.perceptual.weight > 0 else None
     index = index_dataset(config)
     torch.manual_seed(config.seed)
-    vae = build_vae(cfg).to(device, memory_format=torch.channels_last)
+    vae = build_vae(config).to(device, memory_format=torch.channels_last)
     require_space(folder, STATE_BYTES_PER_PARAM * num_params(vae))
     require_memory(device, TRAIN_BYTES_PER_PARAM * num_params(vae))
     require_same_run(folder, run_identity(config, "vae"), cfg)
@@ -76,7 +78,7 @@ def train(config: Config, dry_run: bool) -> None:
             )
             flip = (torch.rand(cfg.batch_size, 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0))[shard]
             size = config.data.image_size // vae.downsampling
-            noise = torch.randn(cfg.batch_size, cfg.latent_channels, size, size, device=device)[shard]
+            noise = torch.randn(cfg.batch_size, vae.latent_channels, size, size, device=device)[shard]
             pixels = loader.batch(rows, next_rows)  # (B, H, W, 3) uint8
             kl_weight = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
 
@@ -106,13 +108,24 @@ def train(config: Config, dry_run: bool) -> None:
 
             trainer.step(forward_backward)
             if trainer.is_main and trainer.due(cfg.eval_every):
-                metrics, grid = evaluate(trainer, loader, images, perceptual, dtype)
-                trainer.log({f"val/{name}": value for name, value in metrics.items()})
-                trainer.log_image("reconstructions", grid, "reconstructions.png")
-                trainer.print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+                log_evaluation(trainer, loader, images, perceptual, dtype)
+        if trainer.is_main and cfg.steps == 0:  # pretrained weights
+            log_evaluation(trainer, loader, images, perceptual, dtype)
 
 
-def build_vae(cfg: VAEConfig) -> VAE:
+def build_vae(config: Config) -> VAE:
+    """A new VAE, or the one of vae.init_from."""
+    cfg, image_size = config.vae, config.data.image_size
+    if cfg.init_from is not None:
+        pretrained = load_pretrained("vae", cfg.init_from, "vae.init_from")
+        vae = VAE(**pretrained.settings)
+        initialize(vae, pretrained.state, "vae.init_from")
+        if image_size % vae.downsampling:
+            raise UserError(
+                f"data.image_size must be a multiple of {vae.downsampling}, the downsampling factor of {cfg.init_from} "
+                f"(got {image_size})"
+            )
+        return vae
     return VAE(
         channels=cfg.channels,
         num_res_blocks=cfg.num_res_blocks,
@@ -132,9 +145,11 @@ def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Mod
     if cfg.adversarial.weight > 0:
         loss += f" + {cfg.adversarial.weight:g} adversarial from step {cfg.adversarial.start:,}"
     print("stage 1 of 4: train the VAE")
+    if cfg.init_from:
+        print(f"initial weights: {cfg.init_from}" + (", used without training" if cfg.steps == 0 else ""))
     print(
         f"VAE: {num_params(vae) / 1e6:.2f}M parameters, {image_size}x{image_size}x3 -> "
-        f"{latent_size}x{latent_size}x{cfg.latent_channels}, {hardware}"
+        f"{latent_size}x{latent_size}x{vae.latent_channels}, {hardware}"
     )
     print(f"images: {index.num_images(TRAIN):,} for training, {index.num_images(VAL):,} for validation")
     print(f"loss: {loss}")
@@ -168,6 +183,15 @@ def make_trainer(config: Config, vae: VAE, discriminator: nn.Module | None, imag
         discriminator=discriminator,
         discriminator_lr=config.vae.adversarial.lr,
     )
+
+
+def log_evaluation(
+    trainer: Trainer, loader: BatchLoader, images: Images, perceptual: nn.Module | None, dtype: torch.dtype
+) -> None:
+    metrics, grid = evaluate(trainer, loader, images, perceptual, dtype)
+    trainer.log({f"val/{name}": value for name, value in metrics.items()})
+    trainer.log_image("reconstructions", grid, "reconstructions.png")
+    trainer.print("validation: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 @torch.no_grad()

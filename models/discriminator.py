@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import group_norm
+from models.layers import group_norm, num_norm_groups
 
 MAX_ADAPTIVE_WEIGHT = 1e4  # as in the VQGAN code, for a vanishing adversarial gradient
 
@@ -21,7 +21,7 @@ class PatchDiscriminator(nn.Module):
         for level in range(1, levels + 1):
             c_out = width * min(2**level, 8)
             stride = 2 if level < levels else 1
-            layers += [nn.Conv2d(ch, c_out, 4, stride=stride, padding=1, bias=False), group_norm(c_out), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(ch, c_out, 4, stride=stride, padding=1, bias=False), group_norm(c_out, num_norm_groups([c_out])), nn.LeakyReLU(0.2)]
             ch = c_out
         self.net = nn.Sequential(*layers, nn.Conv2d(ch, 1, 4, padding=1))
 

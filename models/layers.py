@@ -10,11 +10,17 @@ from torch.utils.checkpoint import checkpoint
 from models.kernels import GroupNorm, scaled_dot_product_attention
 
 
-def group_norm(channels: int) -> GroupNorm:
-    """GroupNorm with up to 32 groups of at least 4 channels. Smaller groups would remove contrast between channels."""
-    groups = min(32, max(1, channels // 4))
-    while channels % groups:
-        groups -= 1
+def num_norm_groups(channels: list[int]) -> int:
+    """GroupNorm groups of a network, one number for all its layers, as diffusers requires.
+
+    The largest number up to 32 that divides every width and leaves at least 4 channels per group. Smaller groups would remove
+    contrast between channels.
+    """
+    limit = min(32, max(1, min(channels) // 4))
+    return max(groups for groups in range(1, limit + 1) if math.gcd(*channels) % groups == 0)
+
+
+def group_norm(channels: int, groups: int) -> GroupNorm:
     return GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -50,11 +56,11 @@ def num_heads(channels: int, head_channels: int) -> int:
 class ResBlock(nn.Module):
     """Pre-activation residual block; emb_dim > 0 adds AdaGN (Dhariwal & Nichol 2021, §3) on an embedding (B, emb_dim)."""
 
-    def __init__(self, c_in: int, c_out: int, emb_dim: int = 0, dropout: float = 0.0):
+    def __init__(self, c_in: int, c_out: int, *, groups: int, emb_dim: int = 0, dropout: float = 0.0):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = nn.Linear(emb_dim, 2 * c_out) if emb_dim else None
-        self.norm2, self.conv2 = group_norm(c_out), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2, self.conv2 = group_norm(c_out, groups), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -69,10 +75,10 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Residual self-attention over the H·W positions."""
 
-    def __init__(self, channels: int, head_channels: int = 64):
+    def __init__(self, channels: int, *, head_channels: int, groups: int):
         super().__init__()
         self.heads = num_heads(channels, head_channels)
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
 
@@ -88,10 +94,10 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Residual cross-attention from positions to tokens (Rombach et al. 2022, §3.3)."""
 
-    def __init__(self, channels: int, token_dim: int, head_channels: int = 64):
+    def __init__(self, channels: int, token_dim: int, *, head_channels: int, groups: int):
         super().__init__()
         self.heads = num_heads(channels, head_channels)
-        self.norm, self.norm_tokens = group_norm(channels), nn.LayerNorm(token_dim)
+        self.norm, self.norm_tokens = group_norm(channels, groups), nn.LayerNorm(token_dim)
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(token_dim, 2 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
 
@@ -107,22 +113,23 @@ class CrossAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Strided convolution."""
+    """Strided convolution. symmetric_padding=False pads the right and bottom only, as AutoencoderKL does."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, symmetric_padding: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.symmetric_padding = symmetric_padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric_padding else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)  # (B, C, H/2, W/2)
+        return self.conv(x if self.symmetric_padding else F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
 
 
 class Upsample(nn.Module):
     """Nearest-neighbor upsampling and convolution, which avoids the checkerboard artifacts of transposed convolutions."""
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, c_out, 2H, 2W)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)

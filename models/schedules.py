@@ -16,7 +16,7 @@ from torch import Tensor
 SCHEDULES = ("linear", "cosine", "scaled_linear", "flow")
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, §3.2: avoids a singularity in the last cosine steps
 # Default largest sigma/alpha in sampling. It multiplies errors in eps, and reaches 20,000 for cosine and infinity for flow.
-COSINE_SIGMA_MAX, FLOW_SIGMA_MAX = 80.0, 1000.0
+COSINE_SIGMA_MAX, FLOW_SIGMA_MAX = 70.0, 1000.0
 
 
 class Schedule:

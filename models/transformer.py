@@ -68,9 +68,9 @@ class TransformerBottleneck(nn.Module):
     The learned positions (size x size) are interpolated for other sizes.
     """
 
-    def __init__(self, *, channels: int, size: int, num_blocks: int, head_channels: int, emb_dim: int):
+    def __init__(self, *, channels: int, size: int, num_blocks: int, head_channels: int, emb_dim: int, groups: int):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.positions = nn.Parameter(0.02 * torch.randn(1, channels, size, size))
         heads = num_heads(channels, head_channels)
         self.blocks = nn.ModuleList(AdaLNZeroBlock(channels, heads, emb_dim) for _ in range(num_blocks))

@@ -13,6 +13,7 @@ from models.layers import (
     Upsample,
     checkpointed,
     group_norm,
+    num_norm_groups,
     timestep_embedding,
     zero_init,
 )
@@ -70,7 +71,7 @@ class UNet(nn.Module):
             )
         resolutions = [size >> level for level in range(num_levels)]
 
-        self.emb_dim = 4 * channels[0]
+        self.emb_dim, self.groups = 4 * channels[0], num_norm_groups(channels)
         self.time_embed = nn.Sequential(
             nn.Linear(channels[0], self.emb_dim), nn.SiLU(), nn.Linear(self.emb_dim, self.emb_dim)
         )
@@ -102,34 +103,40 @@ class UNet(nn.Module):
                 block = self._block(ch + skip_channels.pop(), level_channels, resolutions[level])
                 ch = level_channels
                 if level > 0 and i == num_res_blocks:
-                    block.append(Upsample(ch, ch))
+                    block.append(Upsample(ch))
                 self.up.append(block)
-        self.norm_out, self.conv_out = group_norm(ch), zero_init(nn.Conv2d(ch, in_channels, 3, padding=1))
+        self.norm_out, self.conv_out = group_norm(ch, self.groups), zero_init(nn.Conv2d(ch, in_channels, 3, padding=1))
+
+    def _res_block(self, c_in: int, c_out: int) -> ResBlock:
+        return ResBlock(c_in, c_out, groups=self.groups, emb_dim=self.emb_dim, dropout=self.settings["dropout"])
+
+    def _attention(self, ch: int) -> Attention:
+        return Attention(ch, head_channels=self.settings["head_channels"], groups=self.groups)
 
     def _block(self, c_in: int, c_out: int, resolution: int) -> nn.ModuleList:
-        modules: list[nn.Module] = [ResBlock(c_in, c_out, self.emb_dim, self.settings["dropout"])]
+        modules: list[nn.Module] = [self._res_block(c_in, c_out)]
         if resolution in self.settings["attn_resolutions"]:
-            modules.append(Attention(c_out, self.settings["head_channels"]))
+            modules.append(self._attention(c_out))
         return nn.ModuleList(modules + self._cross_attn(c_out, resolution))
 
     def _cross_attn(self, ch: int, resolution: int) -> list[nn.Module]:
         if not self.token_dim or resolution not in self.settings["cross_attn_resolutions"]:
             return []
-        return [CrossAttention(ch, self.token_dim, self.settings["head_channels"])]
+        return [CrossAttention(ch, self.token_dim, head_channels=self.settings["head_channels"], groups=self.groups)]
 
     def _bottleneck(self, ch: int, resolution: int) -> nn.ModuleList:
-        kind, dropout, head_channels = (self.settings[key] for key in ("bottleneck", "dropout", "head_channels"))
+        kind = self.settings["bottleneck"]
         if kind == "residual":
-            modules = [ResBlock(ch, ch, self.emb_dim, dropout), Attention(ch, head_channels)]
-            modules += self._cross_attn(ch, resolution)
-            modules.append(ResBlock(ch, ch, self.emb_dim, dropout))
+            modules = [self._res_block(ch, ch), self._attention(ch)]
+            modules += [*self._cross_attn(ch, resolution), self._res_block(ch, ch)]
         elif kind == "transformer":
             transformer = TransformerBottleneck(
                 channels=ch,
                 size=resolution,
                 num_blocks=self.settings["bottleneck_blocks"],
-                head_channels=head_channels,
+                head_channels=self.settings["head_channels"],
                 emb_dim=self.emb_dim,
+                groups=self.groups,
             )
             modules = [transformer, *self._cross_attn(ch, resolution)]
         else:

@@ -1,4 +1,5 @@
-"""VAE between pixels and latents (Kingma & Welling 2014; architecture after Esser et al. 2021 and Rombach et al. 2022)."""
+"""VAE between pixels and latents (Kingma & Welling 2014). The architecture is that of Esser et al. 2021 and Rombach et al. 2022,
+and computes the same function as AutoencoderKL of diffusers (models/diffusers_format.py maps the weights)."""
 
 from dataclasses import dataclass
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Attention, Downsample, ResBlock, Upsample, checkpointed, group_norm
+from models.layers import Attention, Downsample, ResBlock, Upsample, checkpointed, group_norm, num_norm_groups
 
 MAX_PIXELS_PER_CHUNK = 2**20  # without gradients: 4 images of 512x512, 256 of 64x64
 
@@ -32,10 +33,11 @@ class VAE(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] <-> latents (B, latent_channels, H/f, W/f).
 
     channels           per level; f = patch_size · 2^(levels-1)
-    num_res_blocks     per level
-    attention          self-attention in the bottleneck
+    num_res_blocks     per level of the encoder; the decoder has one more
+    attention          self-attention with one head in the bottleneck
     patch_size         pixel patches are folded into channels, which makes the first level cheaper
     output_activation  of the decoder: tanh or none
+    quant_conv         1x1 convolutions after the encoder and before the decoder, as in Stable Diffusion 1, 2 and XL
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class VAE(nn.Module):
         attention: bool = False,
         patch_size: int = 1,
         output_activation: str = "none",
+        quant_conv: bool = False,
     ):
         super().__init__()
         self.settings = dict(
@@ -56,40 +59,41 @@ class VAE(nn.Module):
             attention=attention,
             patch_size=patch_size,
             output_activation=output_activation,
+            quant_conv=quant_conv,
         )
         self.downsampling = patch_size * 2 ** (len(channels) - 1)
         self.latent_channels, self.output_activation = latent_channels, output_activation
         self.grad_checkpointing = False  # recompute activations in the backward pass
-        pixel_channels = 3 * patch_size**2
+        pixel_channels, groups = 3 * patch_size**2, num_norm_groups(channels)
 
         ch = channels[0]
         layers: list[nn.Module] = [nn.PixelUnshuffle(patch_size), nn.Conv2d(pixel_channels, ch, 3, padding=1)]
         for level, level_channels in enumerate(channels):
             if level > 0:
-                layers.append(Downsample(ch))
+                layers.append(Downsample(ch, symmetric_padding=False))
             for _ in range(num_res_blocks):
-                layers.append(ResBlock(ch, level_channels))
+                layers.append(ResBlock(ch, level_channels, groups=groups))
                 ch = level_channels
-        layers += self._bottleneck(ch, attention)
-        layers += [group_norm(ch), nn.SiLU(), nn.Conv2d(ch, 2 * latent_channels, 3, padding=1)]
+        layers += self._bottleneck(ch, attention, groups)
+        layers += [group_norm(ch, groups), nn.SiLU(), nn.Conv2d(ch, 2 * latent_channels, 3, padding=1)]
         self.encoder = nn.Sequential(*layers)
 
-        layers = [nn.Conv2d(latent_channels, ch, 3, padding=1), *self._bottleneck(ch, attention)]
+        layers = [nn.Conv2d(latent_channels, ch, 3, padding=1), *self._bottleneck(ch, attention, groups)]
         for level, level_channels in reversed(list(enumerate(channels))):
-            for _ in range(num_res_blocks):
-                layers.append(ResBlock(ch, level_channels))
+            for _ in range(num_res_blocks + 1):
+                layers.append(ResBlock(ch, level_channels, groups=groups))
                 ch = level_channels
             if level > 0:
-                layers.append(Upsample(ch, channels[level - 1]))
-                ch = channels[level - 1]
-        layers += [group_norm(ch), nn.SiLU(), nn.Conv2d(ch, pixel_channels, 3, padding=1), nn.PixelShuffle(patch_size)]
+                layers.append(Upsample(ch))
+        layers += [group_norm(ch, groups), nn.SiLU(), nn.Conv2d(ch, pixel_channels, 3, padding=1), nn.PixelShuffle(patch_size)]
         self.decoder = nn.Sequential(*layers)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else nn.Identity()
 
     @staticmethod
-    def _bottleneck(ch: int, attention: bool) -> list[nn.Module]:
-        if not attention:
-            return [ResBlock(ch, ch)]
-        return [ResBlock(ch, ch), Attention(ch), ResBlock(ch, ch)]
+    def _bottleneck(ch: int, attention: bool, groups: int) -> list[nn.Module]:
+        attn = [Attention(ch, head_channels=ch, groups=groups)] if attention else []
+        return [ResBlock(ch, ch, groups=groups), *attn, ResBlock(ch, ch, groups=groups)]
 
     @property
     def last_layer(self) -> Tensor:
@@ -104,11 +108,13 @@ class VAE(nn.Module):
                 f"image height and width must be multiples of the downsampling factor {self.downsampling} "
                 f"(got {height}x{width})"
             )
-        mean, logvar = self._apply_in_chunks(self.encoder, images, height * width).chunk(2, dim=1)
+        moments = self._apply_in_chunks(self.encoder, images, height * width)
+        mean, logvar = self.quant_conv(moments).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, about in [-1, 1] without tanh."""
+        z = self.post_quant_conv(z)
         images = self._apply_in_chunks(self.decoder, z, z.shape[2] * z.shape[3] * self.downsampling**2)
         return torch.tanh(images) if self.output_activation == "tanh" else images
 

@@ -60,8 +60,8 @@ def std_warnings(stats: dict, cfg: SamplingConfig) -> list[str]:
         cause = f"sampling.x0_clamp={cfg.x0_clamp} clamps the clean estimate too hard: use x0_clamp=range"
     elif off < 0.9 and cfg.steps < 20:
         cause = f"sampling.steps={cfg.steps} is too few: use steps=50"
-    elif off > 1.1 and ((cfg.sigma_max or 0) > 80 and cfg.x0_clamp == "none"):
-        cause = "errors at the noisy end of the schedule are amplified: use sampling.sigma_max=80 and x0_clamp=range"
+    elif off > 1.1 and ((cfg.sigma_max or 0) > 70 and cfg.x0_clamp == "none"):
+        cause = "errors at the noisy end of the schedule are amplified: use sampling.sigma_max=70 and x0_clamp=range"
     elif off > 1.1 and cfg.x0_clamp == "none":
         cause = "the clean estimate is not bounded: use sampling.x0_clamp=range"
     else:

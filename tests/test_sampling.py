@@ -240,7 +240,7 @@ def test_cosine_starts_where_noise_is_bounded():
     assert times[-1] == 0 and 985 <= times[0] <= 992
     assert (
         float(COSINE.sigma(times[0]) / COSINE.alpha(times[0]))
-        <= 80
+        <= 70
         < float(COSINE.sigma(times[0] + 1) / COSINE.alpha(times[0] + 1))
     )
 

@@ -83,7 +83,8 @@ class Trainer:
         self._update_stop()
         if self.should_stop and self.is_main:
             self._save_if_stale()
-        self._logger = Logger(folder, identity, logging, self.steps_done) if self.is_main and not self.should_stop else None
+        logs = self.is_main and (not self.should_stop or cfg.steps == 0)
+        self._logger = Logger(folder, identity, logging, self.steps_done) if logs else None
 
     # The loop
 
@@ -102,6 +103,8 @@ class Trainer:
 
         Raises Stopped after SIGINT or SIGTERM, with the state saved.
         """
+        if self.cfg.steps == 0:
+            return
         if self.should_stop:
             print(f"{self.folder}: already trained, {self.steps_done:,} steps in {self.minutes:.1f} minutes")
             return
@@ -252,7 +255,7 @@ class Trainer:
     # Logging
 
     def _percent_done(self) -> float:
-        done = self.steps_done / self.cfg.steps
+        done = self.steps_done / max(1, self.cfg.steps)
         if self.cfg.max_minutes is not None:
             done = max(done, self.minutes / self.cfg.max_minutes)
         return 100 * min(done, 1.0)
