@@ -1,10 +1,10 @@
-"""How much memory does training need, with and without checkpointed activations?
+"""Peak memory of training with and without gradient checkpointing.
 
     python benchmarks/memory.py configs/faces512.yaml [section.key=value ...]
 
-Trains both networks of a config for two steps on drawn faces, each in a process of its own, the batch in one piece, the adversarial term
-from the start, without a perceptual network unless one is asked for. Prints the peak: of the GPU's memory, or on a CPU of the whole
-process (torch itself takes some 0.4 GB of that). "nan": did not fit.
+Trains both networks of a config for two steps on synthetic faces, each in its own process, with the whole batch at once, the
+discriminator from the first step, and no perceptual network unless an override sets one. Peak of GPU memory, or of the whole process
+on a CPU (torch itself uses about 0.4 GB). "nan": out of memory.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from timing import DEVICE, machine, print_table
 
 from utils.settings import load_config
 
-ONE = """
+SCRIPT = """
 import resource, sys
 sys.path.insert(0, {root!r})
 import {stage} as stage
@@ -30,8 +30,8 @@ print("peak", peak)
 
 
 def peak_of(stage: str, argv: list[str]) -> float:
-    """Bytes; NaN where it fails, with what it said."""
-    code = ONE.format(root=str(Path(timing.__file__).parent.parent), stage=stage)
+    """Bytes; NaN if the stage fails, after printing its error."""
+    code = SCRIPT.format(root=str(Path(timing.__file__).parent.parent), stage=stage)
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
@@ -47,19 +47,17 @@ def main(config: str, *overrides: str) -> None:
         for stage, section in (("train_vae", "vae"), ("train_diffusion", "diffusion")):
             if section == "diffusion":
                 peak_of("create_encodings", argv)
-            found = []
+            peaks = []
             for on in ("false", "true"):
-                name, whole = (
-                    f"diffusion.name=checkpointing-{on}",
-                    f"{section}.micro_batch={getattr(settings, section).batch_size}",
-                )
+                name = f"diffusion.name=checkpointing-{on}"
+                whole_batch = f"{section}.micro_batch={getattr(settings, section).batch_size}"
                 if section == "vae":
-                    for before in Path(folder).glob("*/vae"):
-                        shutil.rmtree(before)
-                found.append(peak_of(stage, [*argv, name, whole, f"{section}.checkpointing={on}"]))
-            rows.append([stage, *(f"{peak / 1e9:.2f} GB" for peak in found), f"{found[0] / found[1]:.1f}"])
+                    for vae_dir in Path(folder).glob("*/vae"):
+                        shutil.rmtree(vae_dir)
+                peaks.append(peak_of(stage, [*argv, name, whole_batch, f"{section}.grad_checkpointing={on}"]))
+            rows.append([stage, *(f"{peak / 1e9:.2f} GB" for peak in peaks), f"{peaks[0] / peaks[1]:.1f}"])
     print(f"\npeak memory of {config} {' '.join(overrides)}, {'GPU' if DEVICE.type == 'cuda' else 'process'}, {machine()}\n")
-    print_table(["", "plain", "checkpointing", "plain / checkpointing"], rows)
+    print_table(["", "without", "with checkpointing", "ratio"], rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What do latents save? A training step of a config's U-Net on its latents, and of the same U-Net on the pixels.
+"""Latents against pixels: time and memory of a training step of a config's U-Net on its latents and on images.
 
-    python benchmarks/pixel_space.py configs/faces512.yaml [batch size] [smaller sizes of pictures ...]
+    python benchmarks/pixel_space.py configs/faces512.yaml [batch size] [smaller image sizes ...]
 
-Each in a process of its own: forward, backward, AdamW, three steps, of which the fastest counts; and the peak of the GPU's memory, or on a CPU
-of the whole process (torch itself takes some 0.4 GB of that). "nan": did not fit. Activations are checkpointed where the config says so.
+Each case runs in its own process: forward, backward and AdamW, the fastest of three steps. Peak of GPU memory, or of the whole
+process on a CPU (torch itself uses about 0.4 GB). "nan": out of memory. Gradient checkpointing as in the config.
 """
 
 import subprocess
@@ -15,53 +15,51 @@ from timing import machine, print_table
 
 from utils.settings import load_config
 
-ONE = """
+SCRIPT = """
 import resource, sys, time
 sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
 import torch
 from timing import DEVICE, wait
 from models.schedules import make_schedule
-from models.unet import UNet
 from utils.settings import load_config
-from train_diffusion import diffusion_loss
+from train_diffusion import build_unet, diffusion_loss
 from utils.device import autocast, pick_precision
 config, channels, size, batch = {config!r}, *map(int, sys.argv[1:])
-s = load_config(config).diffusion
-net = UNet(channels, size, s.widths, s.blocks, s.attention, s.head_channels, s.dropout).to(DEVICE, memory_format=torch.channels_last)
-net.grad_checkpointing = s.checkpointing
+cfg = load_config(config).diffusion
+net = build_unet(cfg, channels, size, None).to(DEVICE, memory_format=torch.channels_last)
+net.grad_checkpointing = cfg.grad_checkpointing
 optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=True)
-alphas, sigmas = make_schedule(s.schedule).tables(DEVICE)
+schedule = make_schedule(cfg.schedule)
 z, t = torch.randn(batch, channels, size, size, device=DEVICE), torch.randint(0, 1000, (batch,), device=DEVICE)
 seconds = []
 for _ in range(3):
     wait()
     started = time.perf_counter()
     with autocast(DEVICE, pick_precision("auto", DEVICE)):
-        loss = diffusion_loss(net, z, torch.randn_like(z), t, alphas, sigmas, s.prediction).mean()
+        loss = diffusion_loss(net, z, torch.randn_like(z), t, schedule, cfg.prediction).mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     wait()
     seconds.append(time.perf_counter() - started)
 peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print("found", min(seconds), peak)
+print("result", min(seconds), peak)
 """
 
 
 def step_of(config: str, channels: int, size: int, batch: int) -> tuple[float, float]:
-    """Seconds and bytes; NaN where it fails, with what it said."""
-    code = ONE.format(root=str(Path(timing.__file__).parent.parent), config=config)
+    """Seconds and bytes; NaN if the step fails, after printing its error."""
+    code = SCRIPT.format(root=str(Path(timing.__file__).parent.parent), config=config)
     done = subprocess.run([sys.executable, "-c", code, *map(str, (channels, size, batch))], capture_output=True, text=True)
     if done.returncode:
         print((done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1], file=sys.stderr)
         return float("nan"), float("nan")
-    return tuple(map(float, done.stdout.split("found ")[-1].split()))
+    return tuple(map(float, done.stdout.split("result ")[-1].split()))
 
 
 def main(path: str, batch: str = "1", *smaller: str) -> None:
     config = load_config(path)
-    down = config.vae.patch_size * 2 ** (len(config.vae.channels) - 1)
-    latent = config.data.image_size // down
+    latent = config.data.image_size // config.vae.downsampling
     latents = step_of(path, config.vae.latent_channels, latent, int(batch))
     rows = [
         [
@@ -76,7 +74,7 @@ def main(path: str, batch: str = "1", *smaller: str) -> None:
         seconds, peak = step_of(path, 3, size, int(batch))
         ratios = f"{seconds / latents[0]:.1f}", f"{peak / latents[1]:.1f}"
         rows.append([f"pixels, {size}x{size}x3", f"{seconds:.2f}", f"{peak / 1e9:.2f} GB", *ratios])
-    print(f"\na training step of the U-Net of {path}, batch {batch}, {machine()}\n")
+    print(f"\ntraining step of the U-Net of {path}, batch {batch}, {machine()}\n")
     print_table(["", "seconds", "peak memory", "seconds / latents'", "memory / latents'"], rows)
 
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Everything there is to check and to time on this machine, in one go: the tests, then every benchmark. Each line can be run on its own; on a GPU, where
-# much is compiled first, the tests and the benchmarks of the steps take some minutes each.
+# Run the tests and every benchmark on this machine. Each line also runs on its own. On a GPU, compilation takes some minutes.
 #     bash benchmarks/run_all.sh [batch size of the training steps]
 set -uo pipefail
 cd "$(dirname "$0")/.."

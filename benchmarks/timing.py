@@ -1,4 +1,4 @@
-"""Measuring one thing against another: interleaved (A B A B), after a warm-up, medians; and what the machine can do at best."""
+"""Interleaved timings (A B A B) after warm-up, FLOP counts, and the peak throughput of the machine."""
 
 import platform
 import statistics
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Callable
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the project, before torch: cli sets how torch allocates
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the project
 
 
 import torch  # noqa: E402
@@ -22,7 +22,7 @@ def wait() -> None:
 
 
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each."""
+    """Median seconds per run."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-warmup, repeats):
         for name, run in runs.items():
@@ -36,14 +36,14 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int
 
 
 def flops_of(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions of one call."""
+    """Floating-point operations of matrix products and convolutions in one call."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """Operations per second of a square matrix product, large enough to be at its best: this machine's peak in practice."""
+    """Measured operations per second of a large square matrix product."""
     n = 8192 if DEVICE.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
     return 2 * n**3 / interleaved({"product": lambda: a @ b}, repeats=10)["product"]

@@ -1,9 +1,10 @@
-"""How long is a training step of celeba64's U-Net, and of diffusers' and denoising-diffusion-pytorch's of about its size?
+"""Time of a training step: celeba64's U-Net against networks of similar size in diffusers and denoising-diffusion-pytorch.
 
     python benchmarks/unet_step.py [batch size] [repeats]
 
-Ours: bf16 autocast where the hardware has it, channels_last, fused AdamW, foreach EMA. Peers (a) as their own scripts run them: float32,
-AdamW as it comes, their own EMA; (b) given our precision, layout, optimizer and EMA. A step is forward, backward, clip, AdamW, EMA.
+A step is forward, backward, gradient clipping, AdamW and EMA. Ours: bf16 autocast if the hardware supports it, channels_last,
+fused AdamW, foreach EMA. Peers (a): as their own scripts run, float32, default AdamW, their EMA. Peers (b): with our precision,
+memory format, optimizer and EMA.
 """
 
 import sys
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from config import DiffusionConfig
 from models.schedules import make_schedule
 from models.unet import UNet
-from train_diffusion import diffusion_loss
+from train_diffusion import build_unet, diffusion_loss
 from training.optim import EMA
 from utils.device import autocast, missing_compiler, num_params, pick_precision
 
@@ -27,12 +28,12 @@ CHANNELS, SIZE = 8, 16
 
 
 def steps(net, predict, dtype, ours: bool, batch: int):
-    """A function that makes one training step of `net`; predict(net, z_t, t) -> eps."""
+    """Return a function that runs one training step of `net`; predict(net, z_t, t) -> eps."""
     layout = torch.channels_last if ours else torch.contiguous_format
     net.to(DEVICE, memory_format=layout).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True if ours else None)
     ema = EMA(net, 0.9999) if ours else EMAModel(net.parameters(), decay=0.9999)
-    alphas, sigmas = make_schedule("cosine").tables(DEVICE)
+    schedule = make_schedule("cosine")
     z = torch.randn(batch, CHANNELS, SIZE, SIZE, device=DEVICE)
     count = 0
 
@@ -41,9 +42,9 @@ def steps(net, predict, dtype, ours: bool, batch: int):
         eps, t = torch.randn_like(z), torch.randint(0, 1000, (batch,), device=DEVICE)
         with autocast(DEVICE, dtype):
             if isinstance(net, UNet):
-                loss = diffusion_loss(net, z, eps, t, alphas, sigmas, "eps").mean()
+                loss = diffusion_loss(net, z, eps, t, schedule, "eps").mean()
             else:
-                z_t = alphas[t][:, None, None, None] * z + sigmas[t][:, None, None, None] * eps
+                z_t = schedule.add_noise(z, eps, t)
                 loss = F.mse_loss(predict(net, z_t.contiguous(memory_format=layout), t).float(), eps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -65,21 +66,21 @@ def diffusers_net() -> UNet2DModel:
 
 def peers() -> dict:
     """name -> (function that builds a network, predict)"""
-    found = {"diffusers": (diffusers_net, lambda net, z_t, t: net(z_t, t).sample)}
+    networks = {"diffusers": (diffusers_net, lambda net, z_t, t: net(z_t, t).sample)}
     try:
         from denoising_diffusion_pytorch import Unet
     except ImportError:
-        print("denoising-diffusion-pytorch is not installed: left out", file=sys.stderr)
+        print("denoising-diffusion-pytorch is not installed, skipped", file=sys.stderr)
     else:
         build = lambda: Unet(dim=144, dim_mults=(1, 2, 3), channels=CHANNELS, dropout=0.1, flash_attn=False)  # noqa: E731
-        found["denoising-diffusion-pytorch"] = (build, lambda net, z_t, t: net(z_t, t))
-    return found
+        networks["denoising-diffusion-pytorch"] = (build, lambda net, z_t, t: net(z_t, t))
+    return networks
 
 
 def main(batch: int = 64, repeats: int = 7) -> None:
-    dtype, s = pick_precision("auto", DEVICE), DiffusionConfig()
+    dtype = pick_precision("auto", DEVICE)
     torch.manual_seed(0)
-    ours = UNet(CHANNELS, SIZE, s.widths, s.blocks, s.attention, s.head_channels, s.dropout)
+    ours = build_unet(DiffusionConfig(), CHANNELS, SIZE, None)
     runs, sizes = {"ours": steps(ours, None, dtype, True, batch)}, {"ours": num_params(ours)}
     if not missing_compiler(DEVICE):
         compiled = UNet(**ours.settings)
@@ -91,15 +92,13 @@ def main(batch: int = 64, repeats: int = 7) -> None:
             sizes[f"{name} {kind}"] = num_params(net)
             runs[f"{name} {kind}"] = steps(net, predict, precision, like_ours, batch)
     peak = peak_flops(dtype)
-    # Not of the compiled one: what counts would keep it from ever being compiled (torch before 2.14).
+    # Counting operations would prevent compilation (torch before 2.14).
     flops = {name: flops_of(run) for name, run in runs.items() if name != "ours, compiled"}
     flops["ours, compiled"] = flops["ours"]
     seconds = interleaved(runs, repeats)
-    print(
-        f"training step at batch {batch}, {machine()}; peak of a {str(dtype)[6:]} matrix product {peak / 1e12:.2f} TFLOP/s\n"
-    )
+    print(f"training step at batch {batch}, {machine()}; peak {str(dtype)[6:]} matrix product {peak / 1e12:.2f} TFLOP/s\n")
     print_table(
-        ["", "parameters", "ms", "images/s", "theirs / ours", "GFLOP", "of peak"],
+        ["", "parameters", "ms", "images/s", "time / ours", "GFLOP", "of peak"],
         [[name, f"{sizes[name] / 1e6:.1f}M", f"{1000 * t:.0f}", f"{batch / t:.0f}", f"{t / seconds['ours']:.2f}", f"{flops[name] / 1e9:.0f}",
           f"{flops[name] / t / peak:.0%}"] for name, t in seconds.items()],
     )  # fmt: skip

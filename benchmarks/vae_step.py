@@ -1,8 +1,9 @@
-"""How long is a training step of celeba64's VAE, and of diffusers' AutoencoderKL of about its size? And encoding, and decoding?
+"""Time of a training step, of encoding and of decoding: celeba64's VAE against AutoencoderKL of diffusers with the same settings.
 
     python benchmarks/vae_step.py [batch size] [repeats]
 
-Peer (a) float32 as it comes, (b) given our precision, layout and optimizer. The loss is MSE + KL for both: no perceptual network.
+Both compute the same function. The loss is MSE + KL, without a perceptual network. Peer (a): float32, defaults. Peer (b): with our
+precision, memory format and optimizer.
 """
 
 import sys
@@ -14,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from config import VAEConfig
+from models.diffusers_format import vae_config
 from models.vae import VAE
 from training.optim import EMA
 from utils.device import autocast, num_params, pick_precision
@@ -21,15 +23,8 @@ from utils.device import autocast, num_params, pick_precision
 SIZE = 64
 
 
-def peer() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(48, 80, 128), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1, latent_channels=8, norm_num_groups=8, sample_size=SIZE,
-    )  # fmt: skip
-
-
 def stages(net, dtype, ours: bool, batch: int) -> dict:
-    """What is timed of a network: a training step, encoding, decoding."""
+    """Functions to time: a training step, encoding, decoding."""
     layout = torch.channels_last if ours else torch.contiguous_format
     net.to(DEVICE, memory_format=layout).train()
     optimizer, ema = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True if ours else None), EMA(net, 0.999)
@@ -69,13 +64,16 @@ def stages(net, dtype, ours: bool, batch: int) -> dict:
 
 
 def main(batch: int = 32, repeats: int = 7) -> None:
-    dtype, s = pick_precision("auto", DEVICE), VAEConfig()
+    dtype, cfg = pick_precision("auto", DEVICE), VAEConfig()
     torch.manual_seed(0)
-    nets = {
-        "ours": VAE(s.widths, s.blocks, s.latent_channels, s.attention),
-        "diffusers (a)": peer(),
-        "diffusers (b)": peer(),
-    }
+    ours = VAE(
+        channels=cfg.channels,
+        num_res_blocks=cfg.num_res_blocks,
+        latent_channels=cfg.latent_channels,
+        attention=cfg.attention,
+    )
+    peers = {f"diffusers ({kind})": AutoencoderKL(**vae_config(ours.settings, SIZE)) for kind in "ab"}
+    nets = {"ours": ours, **peers}
     timed = {name: stages(net, torch.float32 if name.endswith("(a)") else dtype, not name.endswith("(a)"), batch) for name, net in nets.items()}  # fmt: skip
     peak = peak_flops(dtype)
     print(
@@ -88,7 +86,7 @@ def main(batch: int = 32, repeats: int = 7) -> None:
             flops = flops_of(timed[name][stage])
             rows.append([stage, name, f"{num_params(nets[name]) / 1e6:.2f}M", f"{1000 * t:.0f}", f"{batch / t:,.0f}",
                          f"{t / seconds['ours']:.2f}", f"{flops / 1e9:.0f}", f"{flops / t / peak:.0%}"])  # fmt: skip
-    print_table(["", "", "parameters", "ms", "images/s", "theirs / ours", "GFLOP", "of peak"], rows)
+    print_table(["", "", "parameters", "ms", "images/s", "time / ours", "GFLOP", "of peak"], rows)
 
 
 if __name__ == "__main__":
