@@ -54,7 +54,7 @@ class LabelEmbedder(Conditioner):
         num_values = torch.tensor([len(values) for values in names.values()])
         self.register_buffer("null", num_values, persistent=False)  # (K,)
         self.register_buffer("offsets", torch.cumsum(num_values + 1, 0) - (num_values + 1), persistent=False)
-        self.table = nn.Embedding(int((num_values + 1).sum()), emb_dim)
+        self.table = nn.Embedding(sum(len(values) + 1 for values in names.values()), emb_dim)
         nn.init.normal_(self.table.weight, std=0.1)
 
     def forward(self, labels: Tensor) -> Condition:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from models.diffusers_format import unet_config, vae_config
+from models.diffusers_format import to_diffusers, unet_config, unet_modules, vae_config
 from models.unet import UNet
 from models.vae import VAE
 from sampling import image_generators
@@ -169,6 +169,18 @@ def test_a_changed_number_of_classes_resets_the_label_table(experiment, capsys):
     tuned, start = load_file(experiment.run_dir / "other" / "unet.safetensors"), load_file(trained)
     assert tuned["conditioner.table.weight"].shape[0] == 3
     assert torch.allclose(tuned["conv_in.weight"], start["conv_in.weight"], atol=1e-6)
+
+
+def test_a_class_conditional_unet_comes_back_from_diffusers(tmp_path):
+    names = {"class": [str(i) for i in range(5)]}
+    kwargs = dict(in_channels=4, size=8, channels=[8, 16], num_res_blocks=1, attn_resolutions=[4], head_channels=16)
+    unet = UNet(**kwargs, conditioning={"kind": "labels", "names": names})
+    theirs = UNet2DModel(**unet_config(unet.settings))
+    theirs.load_state_dict(to_diffusers(unet.state_dict(), unet_modules(unet.settings)))
+    theirs.save_pretrained(tmp_path / "unet")
+    pretrained = load_pretrained("unet", str(tmp_path / "unet"), "diffusion.init_from")
+    assert pretrained.settings["conditioning"]["names"] == names
+    assert all(torch.equal(pretrained.state[name], value) for name, value in unet.state_dict().items())
 
 
 def one_error_line(experiment: Experiment, capsys, stage: str, *overrides: str) -> str:
