@@ -122,7 +122,7 @@ class VAEConfig(TrainingConfig):
         "architecture comes from the weights, and channels … output_activation are ignored",
     )
     channels: ChannelsPerLevel = setting(
-        [64, 112, 128], "channels per resolution level; downsampling factor f = patch_size · 2^(levels-1)"
+        [64, 64, 128], "channels per resolution level; downsampling factor f = patch_size · 2^(levels-1)"
     )
     num_res_blocks: PositiveInt = setting(1, "residual blocks per level")
     attention: bool = setting(True, "self-attention at the lowest resolution")

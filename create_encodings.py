@@ -165,7 +165,7 @@ def join_chunks(files: list[Path], key: str) -> Tensor:
 
 
 def latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool, size: int) -> EncodeChunk:
-    """Posterior means of the images at `rows`, optionally of the mirrored images."""
+    """Return a function that encodes a chunk of the images at `rows` to posterior means, mirrored first if `flip`."""
     cfg, device, dtype = config.encodings, loader.device, pick_precision(config.precision, loader.device)
     storage = getattr(torch, cfg.dtype)
 
@@ -189,7 +189,7 @@ def latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, 
 
 
 def caption_encoder(encoder: TextEncoder, captions: list[str], batch_size: int) -> EncodeChunk:
-    """Token embeddings of the captions."""
+    """Return a function that encodes a chunk of captions to token embeddings."""
 
     def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
         embeddings, truncated_before = {}, encoder.num_truncated

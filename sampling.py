@@ -141,10 +141,9 @@ def timesteps(
     linspace  equal strides that include T-1 and 0
     logsnr    uniform in log(alpha/sigma) (Lu et al. 2022a, §3.4)
     karras    uniform in (sigma/alpha)^(1/7)
-    strength  run only this fraction of the steps, from this fraction of the timesteps down to 0
-
+    `strength` < 1 starts at this fraction of the timesteps and runs this fraction of the steps, as image-to-image does.
     Returns fewer timesteps if fewer are usable, and for logsnr and karras if neighbors round to the same timestep.
-    The last timesteps of the cosine schedule have sigma/alpha from 70 to 20,000, which multiplies an error in eps.
+    sigma_max matters for the cosine schedule: an error in eps is multiplied by sigma/alpha, which reaches 20,000 at T-1.
     """
     if not 1 <= steps <= schedule.timesteps:
         raise ValueError(f"steps must be between 1 and T = {schedule.timesteps} (got {steps})")

@@ -219,7 +219,7 @@ def unipc_step(
     t, s = pair
     lambda_t, z0 = history[-1]
     h = log_snr(schedule, s) - lambda_t
-    # (r_k, D_k / r_k): position and slope toward every other estimate
+    # (r_k, D_k / r_k) of all other estimates: position in units of h, and divided difference to z0
     nodes = [((node - lambda_t) / h, (estimate - z0) * (h / (node - lambda_t))) for node, estimate in reversed(history[:-1])]
     if z0_s is not None:
         nodes.append((1.0, z0_s - z0))

@@ -162,8 +162,8 @@ def compile_for_training(setting, device, vae: VAE, perceptual: nn.Module | None
     if discriminator is None:
         compile_networks(setting, device, vae, *([perceptual] if perceptual else []))
         return
-    # The adaptive weight differentiates the decoder's last layer alone, twice. In a decoder compiled as a whole each of
-    # these backward passes would run to the input, and free buffers that the second one needs.
+    # The adaptive weight needs two gradients with respect to the decoder's last layer. In one compiled graph each of them would
+    # backpropagate to the input, and the first would free buffers that the second needs. So the last layers stay eager.
     compile_networks(setting, device, *vae.encoder, *vae.decoder[:-2])
 
 

@@ -84,7 +84,7 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def crop_and_resize(image: Image.Image, crop: str, size: int) -> np.ndarray:
-    """Crop to a square and resize to (size, size, 3) uint8; CelebA's boxes scale with the image."""
+    """Crop to a square and resize to (size, size, 3) uint8; the CelebA crop boxes, defined for 178x218 images, scale with the image."""
     width, height = image.size
     if crop in CELEBA_BOXES:
         scale = width / CELEBA_SIZE[0]

@@ -21,7 +21,7 @@ from utils.files import first_line
 
 @dataclass
 class Source:
-    """Images before they are read."""
+    """A dataset whose images are not read yet: names, a function that reads images, split, labels and captions."""
 
     names: list[str]  # (N,)
     read: Callable[[list[int]], list]  # indices -> (size, size, 3) uint8 each, or an error message

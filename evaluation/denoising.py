@@ -16,7 +16,7 @@ from pipeline.stage_files import encodings_path
 from utils.device import pick_device, pick_precision
 from utils.errors import UserError
 
-LARGEST_CENTER = 4  # of bins of width 1 in log(alpha/sigma): 4, 3, …, -4
+MAX_BIN_CENTER = 4  # bins of log(alpha/sigma) have width 1 and centers 4, 3, …, -4
 
 
 def run(config: Config, dry_run: bool) -> None:
@@ -68,7 +68,7 @@ def denoising_error(model: LatentDiffusion, z: Tensor, cond: Cond, batch_size: i
     no_guidance = SamplingConfig(guidance=1.0)
     all_t = torch.arange(schedule.timesteps)
     lambdas = (schedule.alpha(all_t) / schedule.sigma(all_t)).log()  # decreasing in t
-    for center in range(LARGEST_CENTER, -LARGEST_CENTER - 1, -1):
+    for center in range(MAX_BIN_CENTER, -MAX_BIN_CENTER - 1, -1):
         if lambdas[0] < center + 0.5 or lambdas[-1] > center - 0.5:
             continue
         bin_t = all_t[(lambdas - center).abs() <= 0.5]

@@ -1,4 +1,4 @@
-"""evaluation.task=generation: distances of generated from training images, and memorization."""
+"""evaluation.task=generation: metrics between generated and training images, and a memorization check."""
 
 import hashlib
 from dataclasses import dataclass

@@ -43,7 +43,8 @@ class Conditioner(nn.Module):
 
 
 class LabelEmbedder(Conditioner):
-    """Sum of label embeddings. Labels are (B, K) int64, one column per name. A column's null label is its number of values.
+    """Sum of label embeddings. Labels are (B, K) int64, one column per kind of label. The null label of a column
+    with n values is n.
 
     With several columns, `drop` also omits a random subset of each image's labels.
     """

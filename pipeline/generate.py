@@ -16,7 +16,7 @@ class OutputSpec:
     """Which outputs of generate() to keep."""
 
     num_images: int
-    num_pixels: int = 0  # keep the pixels of the first images; 0 and no save_dir: latents are not decoded at all
+    num_pixels: int = 0  # number of images whose pixels are kept; if 0 and no save_dir, nothing is decoded
     keep_latents: bool = False
     trajectory: list[int] = field(default_factory=list)  # images whose clean estimates are kept during sampling
     save_dir: Path | None = None  # write every image to this folder

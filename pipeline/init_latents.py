@@ -42,7 +42,7 @@ class InitImage:
 
     pixels: np.ndarray  # (H, W, 3) uint8
     mask: np.ndarray | None  # (H, W) bool: True where to generate
-    latent_mask: Tensor | None  # (h, w) float: 1 if any pixel of the latent is to be generated
+    latent_mask: Tensor | None  # (h, w) float: 1 where any image pixel under this latent position is to be generated
     strength: float  # fraction of the sampling steps to run
 
     @classmethod

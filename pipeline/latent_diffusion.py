@@ -88,7 +88,7 @@ class LatentDiffusion:
             raise UserError(f"{path} has an unsupported format ({error!r}): remove it and run train_diffusion.py") from None
         checkpoint = Checkpoint(path, metadata, fingerprint(unet.state_dict()), vae_metadata)
         guidance_net = load_guidance_net(config.sampling, unet, checkpoint, device)
-        # "auto" does not compile here: a grid is done before compilation pays off. A CUDA graph is captured within a second.
+        # "auto" uses CUDA graphs, not torch.compile: a grid is finished before compilation would pay off.
         if config.compile is True:
             compile_networks(True, device, unet, vae.decoder)
         if dtype != torch.float32:
@@ -102,7 +102,7 @@ class LatentDiffusion:
         model.checkpoint = checkpoint
         return model
 
-    # Settings in terms of this model
+    # Sampling settings, resolved for this model
 
     def spacing(self, cfg: SamplingConfig) -> str:
         """The timestep spacing, with "auto" resolved."""

@@ -17,7 +17,7 @@ MAX_LISTED = 20  # values listed in an error message
 
 @dataclass
 class Prompts:
-    """Conditions of the rows of a grid. Without titles, all images share the single condition (or have none)."""
+    """One condition per row of the grid, with row titles. Without titles, all images have the same condition, or none."""
 
     titles: list[str] = field(default_factory=list)
     cond: Cond = ()  # one row per title; () for an unconditional model

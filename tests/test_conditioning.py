@@ -173,7 +173,7 @@ def test_the_order_of_the_vocabulary_does_not_matter():
 def test_cross_attention_against_the_formula():
     """The block starts as the identity. With weights and one head: softmax(q k / sqrt(8)) v over the unmasked tokens."""
     torch.manual_seed(0)
-    block, x, tokens = CrossAttention(8, 6, 8), torch.randn(1, 8, 2, 2), torch.randn(1, 3, 6)
+    block, x, tokens = CrossAttention(8, 6, head_channels=8, groups=2), torch.randn(1, 8, 2, 2), torch.randn(1, 3, 6)
     mask = torch.tensor([[True, True, False]])
     assert torch.equal(block(x, tokens, mask), x)
     perturb(block)

@@ -41,7 +41,7 @@ def perturb(net):
 
 def test_sizes_of_celeba64():
     config = load_config(ROOT / "configs" / "celeba64.yaml")
-    vae = build_vae(config.vae)
+    vae = build_vae(config)
     assert vae.downsampling == 4 and vae.latent_channels == 8
     assert num_params(vae) == pytest.approx(2.8e6, rel=0.05)
     unet = build_unet(config.diffusion, vae.latent_channels, config.data.image_size // vae.downsampling, None)
@@ -99,15 +99,15 @@ def test_every_parameter_gets_a_gradient():
 
 def test_blocks_start_as_the_identity():
     x = torch.randn(2, 16, 4, 4)
-    assert torch.equal(ResBlock(16, 16, emb_dim=8)(x, torch.randn(2, 8)), x)
-    assert torch.equal(Attention(16)(x), x)
+    assert torch.equal(ResBlock(16, 16, groups=4, emb_dim=8)(x, torch.randn(2, 8)), x)
+    assert torch.equal(Attention(16, head_channels=64, groups=4)(x), x)
     assert torch.equal(small_unet()(torch.randn(2, 4, 8, 8), torch.tensor([1, 2])), torch.zeros(2, 4, 8, 8))
 
 
 def test_adagn_by_hand():
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))) (1 + s) + b)), with s and b from the embedding."""
     torch.manual_seed(0)
-    block, x, emb = perturb(ResBlock(8, 8, emb_dim=6)), torch.randn(2, 8, 4, 4), torch.randn(2, 6)
+    block, x, emb = perturb(ResBlock(8, 8, groups=2, emb_dim=6)), torch.randn(2, 8, 4, 4), torch.randn(2, 6)
     silu = torch.nn.functional.silu
     s, b = block.modulation(silu(emb))[:, :, None, None].split(8, dim=1)
     h = block.norm2(block.conv1(silu(block.norm1(x)))) * (1 + s) + b
@@ -117,7 +117,7 @@ def test_adagn_by_hand():
 def test_attention_by_hand():
     """One head, against softmax(q kᵀ / sqrt(d)) v."""
     torch.manual_seed(0)
-    layer = perturb(Attention(8, head_channels=8)).double()
+    layer = perturb(Attention(8, head_channels=8, groups=2)).double()
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
     tokens = layer.norm(x).flatten(2).transpose(1, 2)  # (B, 6, 8)
     q, k, v = layer.qkv(tokens).split(8, dim=2)

@@ -118,7 +118,7 @@ def requested_conditions(config: Config, model: LatentDiffusion, indices: np.nda
 
 
 def judge(config: Config, net: Classifier | None) -> Classifier:
-    """Print the table of one model. Trains a classifier if net is None."""
+    """Print how often samples of a model have the requested attributes. Trains the classifier if net is None, and returns it."""
     device, cfg = pick_device(config.device), config.sampling
     dtype = pick_precision("auto", device)
     model = LatentDiffusion.load(config, device, dtype)

@@ -221,7 +221,7 @@ class Trainer:
         """Backpropagate this micro-batch's part of the mean loss over the whole batch.
 
         loss          (B,) per example
-        check_finite  (B,) values whose first NaN or infinity is reported, with its entry of `timesteps` (B,)
+        check_finite  (B,) values to check for NaN and infinity; an error names the step, and the timestep if `timesteps` is given
         metrics       (B,) per example, averaged until the next log line
         """
         self._backward(loss, {"loss": loss, **metrics})

@@ -62,7 +62,7 @@ def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Mo
     if problem:
         print(f"note: nothing is compiled because torch.compile fails: {problem}")
         return
-    # Modules of one class share a cache: an entry each for training, evaluation and a smaller last batch.
+    # Dynamo counts recompilations per class. Each module needs a graph for training, evaluation and a smaller last batch.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 1024
     for network in networks:
         network.compile(dynamic=False)
@@ -106,5 +106,5 @@ def hardware_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free memory in bytes."""
+    """Return the unused memory of the device in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
