@@ -2,8 +2,9 @@
 
     python benchmarks/pixel_space.py configs/faces512.yaml [batch size] [smaller image sizes ...]
 
-Each case runs in its own process: forward, backward and AdamW, the fastest of three steps. Peak of GPU memory, or of the whole
-process on a CPU (torch itself uses about 0.4 GB). "nan": out of memory. Gradient checkpointing as in the config.
+Each case runs in its own process: forward, backward and AdamW, the fastest of three steps. Peak of GPU memory, or of the
+whole process on a CPU (torch itself uses about 0.4 GB). "nan": the run failed; its error is printed. Gradient checkpointing
+as in the config.
 """
 
 import subprocess
@@ -47,31 +48,26 @@ print("result", min(seconds), peak)
 """
 
 
-def step_of(config: str, channels: int, size: int, batch: int) -> tuple[float, float]:
+def measure_step(config: str, channels: int, size: int, batch: int) -> tuple[float, float]:
     """Seconds and bytes; NaN if the step fails, after printing its error."""
     code = SCRIPT.format(root=str(Path(timing.__file__).parent.parent), config=config)
-    done = subprocess.run([sys.executable, "-c", code, *map(str, (channels, size, batch))], capture_output=True, text=True)
-    if done.returncode:
-        print((done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1], file=sys.stderr)
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, (channels, size, batch))], capture_output=True, text=True
+    )
+    if process.returncode:
+        print((process.stderr.strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1], file=sys.stderr)
         return float("nan"), float("nan")
-    return tuple(map(float, done.stdout.split("result ")[-1].split()))
+    return tuple(map(float, process.stdout.split("result ")[-1].split()))
 
 
 def main(path: str, batch: str = "1", *smaller: str) -> None:
     config = load_config(path)
-    latent = config.data.image_size // config.vae.downsampling
-    latents = step_of(path, config.vae.latent_channels, latent, int(batch))
-    rows = [
-        [
-            f"latents, {latent}x{latent}x{config.vae.latent_channels}",
-            f"{latents[0]:.2f}",
-            f"{latents[1] / 1e9:.2f} GB",
-            "",
-            "",
-        ]
-    ]
+    latent_size = config.data.image_size // config.vae.downsampling
+    latents = measure_step(path, config.vae.latent_channels, latent_size, int(batch))
+    name = f"latents, {latent_size}x{latent_size}x{config.vae.latent_channels}"
+    rows = [[name, f"{latents[0]:.2f}", f"{latents[1] / 1e9:.2f} GB", "", ""]]
     for size in [*map(int, smaller), config.data.image_size]:
-        seconds, peak = step_of(path, 3, size, int(batch))
+        seconds, peak = measure_step(path, 3, size, int(batch))
         ratios = f"{seconds / latents[0]:.1f}", f"{peak / latents[1]:.1f}"
         rows.append([f"pixels, {size}x{size}x3", f"{seconds:.2f}", f"{peak / 1e9:.2f} GB", *ratios])
     print(f"\ntraining step of the U-Net of {path}, batch {batch}, {machine()}\n")

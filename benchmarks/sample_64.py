@@ -1,4 +1,4 @@
-"""Time to sample 64 latents with DPM-Solver++(2M): our sampler against diffusers' scheduler loop with a U-Net of similar size.
+"""Time to sample 64 latents with DPM-Solver++(2M): our sampler against diffusers' scheduler and a U-Net of similar size.
 
     python benchmarks/sample_64.py [steps] [repeats]
 
@@ -38,8 +38,8 @@ def main(steps: int = 20, repeats: int = 5) -> None:
     def ours():
         return sample(make_denoiser(forward, schedule, "eps", DEVICE, dtype), noise, schedule, "dpmpp_2m", steps)
 
-    def theirs(precision: torch.dtype, layout):
-        peer = diffusers_net().to(DEVICE, memory_format=layout).eval()
+    def diffusers_sampler(precision: torch.dtype, memory_format):
+        peer = diffusers_net().to(DEVICE, memory_format=memory_format).eval()
         scheduler = DPMSolverMultistepScheduler(
             1000, beta_schedule="linear", timestep_spacing="trailing", final_sigmas_type="zero"
         )
@@ -50,7 +50,7 @@ def main(steps: int = 20, repeats: int = 5) -> None:
             z = noise
             for t in scheduler.timesteps:
                 with autocast(DEVICE, precision):
-                    eps = peer(z.contiguous(memory_format=layout), t).sample
+                    eps = peer(z.contiguous(memory_format=memory_format), t).sample
                 z = scheduler.step(eps.float(), t, z).prev_sample
             return z
 
@@ -58,8 +58,8 @@ def main(steps: int = 20, repeats: int = 5) -> None:
 
     runs = {
         "ours": ours,
-        "diffusers (a)": theirs(torch.float32, torch.contiguous_format),
-        "diffusers (b)": theirs(dtype, torch.channels_last),
+        "diffusers (a)": diffusers_sampler(torch.float32, torch.contiguous_format),
+        "diffusers (b)": diffusers_sampler(dtype, torch.channels_last),
     }
     seconds = interleaved(runs, repeats, warmup=1)
     print(f"{IMAGES} latents, {steps} steps, {machine()}\n")

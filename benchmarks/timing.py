@@ -9,9 +9,11 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project
 
+from utils import cli  # noqa: F401  sets THP_MEM_ALLOC_ENABLE, which torch reads when it is imported
 
-import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+# isort: split
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -2,9 +2,9 @@
 
     python benchmarks/unet_step.py [batch size] [repeats]
 
-A step is forward, backward, gradient clipping, AdamW and EMA. Ours: bf16 autocast if the hardware supports it, channels_last,
-fused AdamW, foreach EMA. Peers (a): as their own scripts run, float32, default AdamW, their EMA. Peers (b): with our precision,
-memory format, optimizer and EMA.
+A step is forward, backward, gradient clipping, AdamW and EMA. Ours: bf16 autocast if the hardware supports it,
+channels_last, fused AdamW, foreach EMA. Peers (a): as their own scripts run, float32, default AdamW, their EMA. Peers (b):
+with our precision, memory format, optimizer and EMA.
 """
 
 import sys
@@ -27,10 +27,10 @@ from utils.device import autocast, missing_compiler, num_params, pick_precision
 CHANNELS, SIZE = 8, 16
 
 
-def steps(net, predict, dtype, ours: bool, batch: int):
+def make_step(net, predict, dtype, ours: bool, batch: int):
     """Return a function that runs one training step of `net`; predict(net, z_t, t) -> eps."""
-    layout = torch.channels_last if ours else torch.contiguous_format
-    net.to(DEVICE, memory_format=layout).train()
+    memory_format = torch.channels_last if ours else torch.contiguous_format
+    net.to(DEVICE, memory_format=memory_format).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True if ours else None)
     ema = EMA(net, 0.9999) if ours else EMAModel(net.parameters(), decay=0.9999)
     schedule = make_schedule("cosine")
@@ -45,7 +45,7 @@ def steps(net, predict, dtype, ours: bool, batch: int):
                 loss = diffusion_loss(net, z, eps, t, schedule, "eps").mean()
             else:
                 z_t = schedule.add_noise(z, eps, t)
-                loss = F.mse_loss(predict(net, z_t.contiguous(memory_format=layout), t).float(), eps)
+                loss = F.mse_loss(predict(net, z_t.contiguous(memory_format=memory_format), t).float(), eps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -81,16 +81,16 @@ def main(batch: int = 64, repeats: int = 7) -> None:
     dtype = pick_precision("auto", DEVICE)
     torch.manual_seed(0)
     ours = build_unet(DiffusionConfig(), CHANNELS, SIZE, None)
-    runs, sizes = {"ours": steps(ours, None, dtype, True, batch)}, {"ours": num_params(ours)}
+    runs, sizes = {"ours": make_step(ours, None, dtype, True, batch)}, {"ours": num_params(ours)}
     if not missing_compiler(DEVICE):
         compiled = UNet(**ours.settings)
         compiled.compile(dynamic=False)
-        runs["ours, compiled"], sizes["ours, compiled"] = steps(compiled, None, dtype, True, batch), num_params(compiled)
+        runs["ours, compiled"], sizes["ours, compiled"] = make_step(compiled, None, dtype, True, batch), num_params(compiled)
     for name, (build, predict) in peers().items():
         for kind, precision, like_ours in (("(a)", torch.float32, False), ("(b)", dtype, True)):
             net = build()
             sizes[f"{name} {kind}"] = num_params(net)
-            runs[f"{name} {kind}"] = steps(net, predict, precision, like_ours, batch)
+            runs[f"{name} {kind}"] = make_step(net, predict, precision, like_ours, batch)
     peak = peak_flops(dtype)
     # Counting operations would prevent compilation (torch before 2.14).
     flops = {name: flops_of(run) for name, run in runs.items() if name != "ours, compiled"}

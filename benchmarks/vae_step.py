@@ -1,9 +1,9 @@
-"""Time of a training step, of encoding and of decoding: celeba64's VAE against AutoencoderKL of diffusers with the same settings.
+"""Time of a training step, encoding and decoding: celeba64's VAE against diffusers' AutoencoderKL with the same settings.
 
     python benchmarks/vae_step.py [batch size] [repeats]
 
-Both compute the same function. The loss is MSE + KL, without a perceptual network. Peer (a): float32, defaults. Peer (b): with our
-precision, memory format and optimizer.
+Both compute the same function. The loss is MSE + KL, without a perceptual network. Peer (a): float32, defaults. Peer (b):
+with our precision, memory format and optimizer.
 """
 
 import sys
@@ -25,10 +25,10 @@ SIZE = 64
 
 def stages(net, dtype, ours: bool, batch: int) -> dict:
     """Functions to time: a training step, encoding, decoding."""
-    layout = torch.channels_last if ours else torch.contiguous_format
-    net.to(DEVICE, memory_format=layout).train()
+    memory_format = torch.channels_last if ours else torch.contiguous_format
+    net.to(DEVICE, memory_format=memory_format).train()
     optimizer, ema = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True if ours else None), EMA(net, 0.999)
-    x = (torch.rand(batch, 3, SIZE, SIZE, device=DEVICE) * 2 - 1).contiguous(memory_format=layout)
+    x = (torch.rand(batch, 3, SIZE, SIZE, device=DEVICE) * 2 - 1).contiguous(memory_format=memory_format)
     count = 0
 
     def step():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load
 from test_models import perturb, small_unet, small_vae
 
 import models.vae
@@ -17,13 +18,13 @@ CPU = torch.device("cpu")
 
 def gradients_and_saved_bytes(net, *inputs) -> tuple[list, int]:
     """Gradients of the mean squared output, and the bytes saved for the backward pass."""
-    kept, seen = 0, set()
+    saved_bytes, pointers = 0, set()
 
     def pack(x):
-        nonlocal kept
-        if x.data_ptr() not in seen:
-            seen.add(x.data_ptr())
-            kept += x.numel() * x.element_size()
+        nonlocal saved_bytes
+        if x.data_ptr() not in pointers:
+            pointers.add(x.data_ptr())
+            saved_bytes += x.numel() * x.element_size()
         return x
 
     torch.manual_seed(0)
@@ -32,7 +33,7 @@ def gradients_and_saved_bytes(net, *inputs) -> tuple[list, int]:
         output = net(*inputs)
         loss = (output[0] if isinstance(output, tuple) else output).square().mean()
     loss.backward()
-    return [p.grad.clone() for p in net.parameters() if p.grad is not None], kept
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None], saved_bytes
 
 
 @pytest.mark.parametrize("make, inputs", [
@@ -63,7 +64,7 @@ def test_encoding_and_decoding_in_chunks(monkeypatch):
 
 @pytest.fixture
 def tracing(monkeypatch):
-    """torch.compile that traces forward and backward without graph breaks, but generates no code. Returns the list of compiled
+    """Make torch.compile trace forward and backward without graph breaks, but generate no code. Return the list of compiled
     functions."""
     compiler, compiled = torch.compile, []
 
@@ -96,12 +97,8 @@ def test_compiled_training_gives_the_same_weights(experiment, tracing, capsys):
     plain = {file: (experiment.run_dir / file).read_bytes() for file in ("vae/vae.safetensors", "cosine/unet.safetensors")}
     experiment.train_all(*options, "compile=true", "name=compiled")
     assert experiment.run("infer", *options, "compile=true", "name=compiled") == 0
-    owners = [
-        type(f.__self__).__name__ for f in tracing if hasattr(f, "__self__")
-    ]  # the VAE; its encoder; U-Net; U-Net, decoder
-    assert owners == ["VAE", "Sequential", "UNet", "UNet", "Sequential"]
-    from safetensors.torch import load
-
+    modules = [type(f.__self__).__name__ for f in tracing if hasattr(f, "__self__")]
+    assert modules == ["VAE", "Sequential", "UNet", "UNet", "Sequential"]  # VAE; its encoder; U-Net; U-Net and decoder
     for file, content in plain.items():
         compiled = load((experiment.run_dir.parent / "compiled" / file).read_bytes())
         torch.testing.assert_close(compiled, load(content), rtol=1e-3, atol=1e-4)
@@ -112,7 +109,8 @@ def test_compiled_training_gives_the_same_weights(experiment, tracing, capsys):
 def test_the_adaptive_weight_with_compiled_networks(experiment, tracing, checkpointing):
     """It runs two backward passes through the same graph, which compiled modules must allow."""
     options = ["vae.adversarial.weight=0.5", "vae.adversarial.start=0", "vae.adversarial.width=8", "data.image_size=32"]
-    assert experiment.run("train_vae", *options, "compile=true", f"vae.grad_checkpointing={checkpointing}", "vae.steps=2") == 0
+    options += ["compile=true", f"vae.grad_checkpointing={checkpointing}", "vae.steps=2"]
+    assert experiment.run("train_vae", *options) == 0
     assert len(tracing) > 5  # the encoder's layers
 
 
