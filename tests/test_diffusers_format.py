@@ -48,26 +48,26 @@ def randomize(net: torch.nn.Module) -> torch.nn.Module:
 def unet_pair(settings: dict) -> tuple[UNet, UNet2DModel]:
     torch.manual_seed(0)
     ours = randomize(UNet(in_channels=4, **settings))
-    theirs = UNet2DModel(**unet_config(ours.settings)).eval()
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), unet_modules(ours.settings)))
-    return ours, theirs
+    reference = UNet2DModel(**unet_config(ours.settings)).eval()
+    reference.load_state_dict(to_diffusers(ours.state_dict(), unet_modules(ours.settings)))
+    return ours, reference
 
 
 def vae_pair(settings: dict) -> tuple[VAE, AutoencoderKL]:
     torch.manual_seed(0)
     ours = randomize(VAE(latent_channels=4, **settings))
-    theirs = AutoencoderKL(**vae_config(ours.settings, image_size=32)).eval()
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), vae_modules(ours.settings)))
-    return ours, theirs
+    reference = AutoencoderKL(**vae_config(ours.settings, image_size=32)).eval()
+    reference.load_state_dict(to_diffusers(ours.state_dict(), vae_modules(ours.settings)))
+    return ours, reference
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", UNETS)
 def test_unet_equals_unet2dmodel(settings):
-    ours, theirs = unet_pair(settings)
+    ours, reference = unet_pair(settings)
     z, t, labels = torch.randn(3, 4, settings["size"], settings["size"]), torch.tensor([0, 500, 999]), torch.tensor([3, 0, 10])
     conditional = "conditioning" in settings
-    expected = theirs(z, t, class_labels=labels if conditional else None).sample
+    expected = reference(z, t, class_labels=labels if conditional else None).sample
     output = ours(z, t, (labels[:, None],) if conditional else ())
     assert float(expected.std()) > 0.2
     assert float((output - expected).abs().max()) < 1e-5 * max(1, float(expected.std()))
@@ -76,10 +76,10 @@ def test_unet_equals_unet2dmodel(settings):
 @torch.no_grad()
 @pytest.mark.parametrize("settings", VAES)
 def test_vae_equals_autoencoderkl(settings):
-    ours, theirs = vae_pair(settings)
+    ours, reference = vae_pair(settings)
     images = torch.randn(2, 3, 32, 32)
-    posterior, expected = ours.encode(images), theirs.encode(images).latent_dist
-    decoded = theirs.decode(expected.mean).sample
+    posterior, expected = ours.encode(images), reference.encode(images).latent_dist
+    decoded = reference.decode(expected.mean).sample
     assert float(expected.mean.std()) > 0.1 and float(decoded.std()) > 0.1
     for a, b in ((posterior.mean, expected.mean), (posterior.logvar, expected.logvar), (ours.decode(expected.mean), decoded)):
         assert float((a - b).abs().max()) < 1e-5 * max(1, float(b.std()))
@@ -87,19 +87,19 @@ def test_vae_equals_autoencoderkl(settings):
 
 @pytest.mark.parametrize("settings", UNETS)
 def test_unet_round_trip(settings):
-    ours, theirs = unet_pair(settings)
-    back = unet_settings(dict(theirs.config))
+    ours, reference = unet_pair(settings)
+    back = unet_settings(dict(reference.config))
     rebuilt = UNet(**back)
-    rebuilt.load_state_dict(from_diffusers(theirs.state_dict(), list(rebuilt.state_dict()), unet_modules(back)))
+    rebuilt.load_state_dict(from_diffusers(reference.state_dict(), list(rebuilt.state_dict()), unet_modules(back)))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), rebuilt.parameters(), strict=True))
     assert unet_config(back) == unet_config(ours.settings)
 
 
 @pytest.mark.parametrize("settings", VAES)
 def test_vae_round_trip(settings):
-    ours, theirs = vae_pair(settings)
-    assert vae_settings(dict(theirs.config)) == ours.settings
-    state = from_diffusers(theirs.state_dict(), list(ours.state_dict()), vae_modules(ours.settings))
+    ours, reference = vae_pair(settings)
+    assert vae_settings(dict(reference.config)) == ours.settings
+    state = from_diffusers(reference.state_dict(), list(ours.state_dict()), vae_modules(ours.settings))
     assert all(torch.equal(state[name], value) for name, value in ours.state_dict().items())
 
 
@@ -108,10 +108,10 @@ def test_published_vae_has_our_shapes():
     settings = dict(channels=[128, 256, 512, 512], num_res_blocks=2, latent_channels=4, attention=True, quant_conv=True)
     with torch.device("meta"):
         ours = VAE(**settings)
-        theirs = AutoencoderKL(**vae_config(ours.settings, 256))
+        reference = AutoencoderKL(**vae_config(ours.settings, 256))
     assert sum(p.numel() for p in ours.parameters()) == 83_653_771 + 92
     assert ours.downsampling == 8
-    expected = {name: value.shape for name, value in theirs.state_dict().items()}
+    expected = {name: value.shape for name, value in reference.state_dict().items()}
     assert {k: v.shape for k, v in to_diffusers(ours.state_dict(), vae_modules(ours.settings)).items()} == expected
 
 

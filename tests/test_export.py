@@ -105,7 +105,7 @@ def sd_vae(tmp_path):
 
 
 def test_pretrained_vae_without_training_is_used_as_it_is(experiment, sd_vae):
-    theirs, folder = sd_vae
+    reference, folder = sd_vae
     overrides = [f"vae.init_from={folder}", "vae.steps=0"]
     experiment.train_all(*overrides)
     assert experiment.run("infer", *overrides) == 0
@@ -114,7 +114,7 @@ def test_pretrained_vae_without_training_is_used_as_it_is(experiment, sd_vae):
     vae.load_state_dict(ours.state)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        assert torch.allclose(vae.encode(images).mean, theirs.encode(images).latent_dist.mean, atol=1e-5)
+        assert torch.allclose(vae.encode(images).mean, reference.encode(images).latent_dist.mean, atol=1e-5)
     assert (experiment.run_dir / "vae" / "reconstructions.png").is_file()
     lines = [json.loads(line) for line in (experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()]
     assert any("val/psnr" in line for line in lines)
@@ -175,9 +175,9 @@ def test_a_class_conditional_unet_comes_back_from_diffusers(tmp_path):
     names = {"class": [str(i) for i in range(5)]}
     kwargs = dict(in_channels=4, size=8, channels=[8, 16], num_res_blocks=1, attn_resolutions=[4], head_channels=16)
     unet = UNet(**kwargs, conditioning={"kind": "labels", "names": names})
-    theirs = UNet2DModel(**unet_config(unet.settings))
-    theirs.load_state_dict(to_diffusers(unet.state_dict(), unet_modules(unet.settings)))
-    theirs.save_pretrained(tmp_path / "unet")
+    reference = UNet2DModel(**unet_config(unet.settings))
+    reference.load_state_dict(to_diffusers(unet.state_dict(), unet_modules(unet.settings)))
+    reference.save_pretrained(tmp_path / "unet")
     pretrained = load_pretrained("unet", str(tmp_path / "unet"), "diffusion.init_from")
     assert pretrained.settings["conditioning"]["names"] == names
     assert all(torch.equal(pretrained.state[name], value) for name, value in unet.state_dict().items())
