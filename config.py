@@ -36,12 +36,25 @@ LabelValue = Union[bool, int, str]
 
 
 class DataConfig(Section):
-    source: Literal["synthetic_faces", "folder", "celeba", "cifar10", "coco"] = setting(
-        "celeba", "image source; synthetic_faces: procedural portraits, no files; folder: any folder or zip of images"
+    source: Literal["synthetic_faces", "folder", "huggingface", "celeba", "cifar10", "coco"] = setting(
+        "celeba",
+        "image source; synthetic_faces: procedural portraits, no files; folder: any folder or zip of images; huggingface: "
+        "the datasets library",
     )
     path: Optional[PathText] = setting(
-        None, "folder or zip of the images; cifar10: folder of cifar-10-batches-py; with download: folder to download into"
+        None,
+        "folder or zip of the images; huggingface: hub id, folder or file (parquet, arrow, imagefolder); cifar10: folder of "
+        "cifar-10-batches-py; with download: folder to download into",
     )
+    subset: Optional[str] = setting(None, "huggingface: configuration of the dataset, for those that have several")
+    split: Optional[str] = setting(
+        None,
+        "huggingface: use only this split, for example train or train[:5000]; default: train, validation and test keep "
+        "their meaning",
+    )
+    image_column: Optional[str] = setting(None, "huggingface: column of the images; default: the only one of type Image")
+    label_column: Optional[str] = setting(None, "column with class labels; default: huggingface: all of type ClassLabel")
+    caption_column: Optional[str] = setting(None, "column with captions; default: text, caption, captions or prompt, if any")
     download: bool = setting(False, "celeba, cifar10: download with torchvision into data.path")
     image_size: Annotated[int, Field(ge=8, le=4096)] = setting(64, "width and height of the training images in pixels")
     crop: Literal["auto", "ddim", "center140", "square"] = setting(
@@ -143,7 +156,7 @@ class VAEConfig(TrainingConfig):
 
 
 class EncodingsConfig(Section):
-    batch_size: PositiveInt = setting(256, "images per encoder pass; clip: captions per text encoder pass")
+    batch_size: PositiveInt = setting(256, "images per encoder pass, and captions per text encoder pass")
     normalization: Literal["global", "per_channel"] = setting(
         "global",
         "global: scale all latents by 1/std of all values, no shift; per_channel: zero mean and unit std per channel",
@@ -152,12 +165,15 @@ class EncodingsConfig(Section):
 
 
 class TextConfig(Section):
-    encoder: Literal["none", "clip", "words"] = setting(
+    encoder: Literal["none", "pretrained", "words"] = setting(
         "none",
-        "caption encoder; clip: frozen CLIP, embeddings cached by create_encodings.py; words: small transformer over "
-        "words, trained with the U-Net",
+        "caption encoder; pretrained: frozen CLIP, T5, BERT-like or other text encoder, embeddings cached by "
+        "create_encodings.py; words: small transformer over words, trained with the U-Net",
     )
-    model: PathText = setting("openai/clip-vit-base-patch32", "clip: name on the Hugging Face Hub, or a local folder")
+    model: PathText = setting(
+        "openai/clip-vit-base-patch32",
+        "pretrained: name on the Hugging Face hub, local folder, or PACKAGE:FOLDER inside an installed Python package",
+    )
     width: Annotated[int, Field(ge=8, multiple_of=8)] = setting(128, "words: channels of a token")
     layers: PositiveInt = setting(2, "words: number of transformer blocks")
     max_words: PositiveInt = setting(32, "words: maximum caption length; longer captions are cut")
@@ -395,7 +411,7 @@ class Config(Section):
         if self.diffusion.condition != "text":
             return self
         if self.text.encoder == "none":
-            raise ValueError("diffusion.condition=text needs text.encoder=clip or words (got none)")
+            raise ValueError("diffusion.condition=text needs text.encoder=pretrained or words (got none)")
         if self.vae.init_from is not None:
             return self  # UNet checks the resolutions
         latent_size = self.data.image_size // self.vae.downsampling

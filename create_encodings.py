@@ -1,7 +1,7 @@
 """Stage 2 of 4: VAE -> runs/<name>/encodings.pt.
 
 Encode every training and validation image to its posterior mean (also mirrored if data.flip is on), fit the normalizer, and
-store both with labels, captions, caption embeddings (text.encoder=clip) and fingerprints. Does nothing if the file is up to
+store both with labels, captions, caption embeddings (text.encoder=pretrained) and fingerprints. Does nothing if the file is up to
 date. Run the same command again to continue after an interruption.
 """
 
@@ -53,7 +53,7 @@ def encode(config: Config, dry_run: bool) -> None:
     captions = {split: [images.captions[i] for i in rows[split]] if images.captions is not None else None for split in rows}
     labels = {split: torch.from_numpy(images.labels[rows[split]]) if images.labels is not None else None for split in rows}
     encoder, texts = None, []
-    if config.text.encoder == "clip" and images.captions is not None:
+    if config.text.encoder == "pretrained" and images.captions is not None:
         encoder = TextEncoder(config.text.model, device)
         # The last text is the empty caption, the null condition.
         texts = [text for split in rows for image_captions in captions[split] for text in image_captions] + [""]
@@ -117,7 +117,7 @@ def encode(config: Config, dry_run: bool) -> None:
     text = None
     if encoder:
         values, lengths, truncated = (join_chunks(chunks["text"], key) for key in ("values", "lengths", "truncated"))
-        text = CaptionEmbeddings(encoder.model, encoder.fingerprint, values, lengths)
+        text = CaptionEmbeddings(encoder.model, encoder.fingerprint, encoder.pooling, values, lengths)
         if int(truncated.sum()):
             print(f"note: {int(truncated.sum()):,} captions are longer than {encoder.max_length} tokens and were truncated")
     LatentDataset(**{"mean_flipped": None, **means}, normalizer=normalizer, text=text, **result).save(path)

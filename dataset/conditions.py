@@ -57,7 +57,12 @@ def conditioning_settings(config: Config, dataset: LatentDataset) -> dict | None
         return dict(kind="words", vocabulary=vocabulary, pairs=pairs, **sizes)
     text = dataset.text
     return dict(
-        kind="text", model=text.model, fingerprint=text.fingerprint, token_dim=text.dim, null_length=len(text.null())
+        kind="text",
+        model=text.model,
+        fingerprint=text.fingerprint,
+        pooling=text.pooling,
+        token_dim=text.dim,
+        null_length=len(text.null()),
     )
 
 

@@ -14,7 +14,7 @@ from utils.checkpoints import fingerprint, load_tensors, save_tensors
 from utils.errors import UserError
 
 OPTIONAL = ("mean_flipped", "labels", "val_labels", "captions", "val_captions", "text")
-TEXT_FIELDS = ("model", "fingerprint", "values", "lengths")
+TEXT_FIELDS = ("model", "fingerprint", "pooling", "values", "lengths")
 
 
 @dataclass
@@ -23,6 +23,7 @@ class CaptionEmbeddings:
 
     model: str  # name or folder of the text encoder
     fingerprint: str  # of the text encoder's weights
+    pooling: str  # of TextEmbedder: last or mean
     values: Tensor  # (sum of lengths, D) float16
     lengths: Tensor  # (M,) int64
 
@@ -35,7 +36,7 @@ class CaptionEmbeddings:
     def from_encoder(cls, encoder: TextEncoder, embeddings: list[Tensor]) -> "CaptionEmbeddings":
         """Concatenate the (L_i, D) outputs of encoder.encode()."""
         values, lengths = torch.cat(embeddings).half(), torch.tensor([len(e) for e in embeddings])
-        return cls(encoder.model, encoder.fingerprint, values, lengths)
+        return cls(encoder.model, encoder.fingerprint, encoder.pooling, values, lengths)
 
     @property
     def dim(self) -> int:
@@ -85,8 +86,8 @@ class LatentDataset:
             "encodings.dtype": (str(self.mean.dtype).removeprefix("torch."), config.encodings.dtype),
             "data.flip": (self.mean_flipped is not None, config.data.flip),
         }
-        if config.text.encoder == "clip" and self.captions is not None:
-            settings["text.encoder"] = ("clip" if self.text else "none", "clip")  # text.fingerprint identifies the model
+        if config.text.encoder == "pretrained" and self.captions is not None:
+            settings["text.encoder"] = ("pretrained" if self.text else "none", "pretrained")  # text.fingerprint identifies the model
         return [f"{name} was {old}, now {new}" for name, (old, new) in settings.items() if old != new]
 
     @property

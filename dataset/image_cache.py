@@ -68,10 +68,11 @@ class DatasetIndex:
 def index_dataset(config: Config) -> DatasetIndex:
     """List and split the images of config.data."""
     cfg = config.data
-    if cfg.download and not distributed.is_main():
+    downloads = cfg.download or cfg.source == "huggingface"
+    if downloads and not distributed.is_main():
         distributed.barrier()  # rank 0 downloads first
     source = SOURCES[cfg.source](cfg, config.seed)
-    if cfg.download and distributed.is_main():
+    if downloads and distributed.is_main():
         distributed.barrier()
     split = source.split
     if split is None or not (split == VAL).any():

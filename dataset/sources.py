@@ -15,6 +15,7 @@ from dataset import TRAIN, VAL
 from dataset import synthetic_faces as faces
 from dataset.captions import SPLITS, Captions, read_coco, read_sidecars
 from dataset.files import Files, crop_and_resize, decode_image
+from dataset.huggingface import read_dataset
 from utils.errors import UserError
 from utils.files import first_line
 
@@ -186,7 +187,19 @@ def synthetic_faces(cfg: DataConfig, seed: int) -> Source:
     )
 
 
-SOURCES = {"synthetic_faces": synthetic_faces, "folder": folder, "celeba": celeba, "cifar10": cifar10, "coco": coco}
+def huggingface(cfg: DataConfig, seed: int) -> Source:
+    """A dataset of the Hugging Face hub, or local parquet, arrow and imagefolder files."""
+    return Source(**read_dataset(cfg, crop_name(cfg)))
+
+
+SOURCES = {
+    "synthetic_faces": synthetic_faces,
+    "folder": folder,
+    "huggingface": huggingface,
+    "celeba": celeba,
+    "cifar10": cifar10,
+    "coco": coco,
+}
 
 
 def _download(dataset: str, root: str | None, **options) -> None:

