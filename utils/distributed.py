@@ -68,7 +68,11 @@ def shard(n: int) -> range:
 
 
 def sum_gradients(net: nn.Module) -> None:
-    """Replace every gradient by its sum over ranks."""
+    """Replace every gradient by its sum over ranks.
+
+    Not DistributedDataParallel, which would overlap this with the backward pass: it does not support the torch.autograd.grad
+    of the adaptive weight, nor a step that starts over with smaller micro-batches after running out of memory.
+    """
     if world_size() == 1:
         return
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
