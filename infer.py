@@ -55,14 +55,14 @@ def infer(config: Config, dry_run: bool) -> None:
         return
 
     path = results / f"{name}.png"
-    if distributed.is_main() and has_other_settings(path, config, model.spacing(cfg)):
+    if distributed.is_main() and is_of_another_run(path, config, model):
         keep_old_version(results, name, (".png", "_strip.png", "_strip.gif", ""))
     distributed.barrier()
     started = time.monotonic()
     trajectory = [row * cfg.cols for row in range(rows)] if prompts.titles else list(range(TRAJECTORY_IMAGES))
     spec = OutputSpec(
         num_images,
-        num_pixels=rows * cfg.cols,
+        keep_pixels=rows * cfg.cols,
         trajectory=[i for i in trajectory if i < num_images] if cfg.trajectory_frames else [],
         save_dir=results / name if cfg.save_images else None,
         distributed=True,
@@ -81,7 +81,7 @@ def infer(config: Config, dry_run: bool) -> None:
         f"(1 is ideal, 0.9 to 1.1 is good); worst channel {stats['worst_channel']}: {stats['worst_channel_ratio']:.3f}"
     )
     print(f"clamped: {stats['clamped']:.2%} of clean estimates; {stats['out_of_range']:.2%} of pixel values out of range")
-    # Guided samples, and variations of one image, need not have the std of the whole training set.
+    # No warning for guided samples and variations of one image: their std may differ from that of the training set.
     for line in std_warnings(stats, cfg) if init is None and cfg.guidance == 1 else []:
         print(line)
     print(f"done: {num_images:,} images in {seconds:.1f} s, grid in {path}")
@@ -123,13 +123,14 @@ def png_metadata(config: Config, model: LatentDiffusion, prompts: Prompts, stats
         "spacing": model.spacing(config.sampling),
         "prompts": prompts.titles,
         "model": metadata,
+        "unet_fingerprint": model.checkpoint.fingerprint,
         "latent_stats": stats,
         "seconds": round(seconds, 1),
     }
 
 
 def name_suffix(cfg: SamplingConfig) -> str:
-    """The part of the file name that tells this grid from a plain one of the same model."""
+    """Suffix of the file name that names slerp, the initial image, guidance and clamping, if they differ from the default."""
     start = f"_slerp{cfg.seed}to{cfg.slerp_to}" if cfg.slerp_to is not None else ""
     if cfg.image:
         start = f"_{'inpaint' if cfg.mask else 'from'}_{Path(cfg.image).stem}"
@@ -138,14 +139,15 @@ def name_suffix(cfg: SamplingConfig) -> str:
     return start + guidance + (f"_clamp{clamp}" if clamp != "range" else "")
 
 
-def has_other_settings(path: Path, config: Config, spacing: str) -> bool:
-    """Whether files of this name exist that were sampled with other settings, for example another seed."""
+def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> bool:
+    """Whether files of this name exist that were sampled with other settings, such as another seed, or by another U-Net."""
     ignored_keys = {"batch_size": 0, "save_images": 0}
     settings = json.loads(config.sampling.model_dump_json()) | ignored_keys
     try:
         with Image.open(path) as image:
             old_settings = json.loads(image.text["config"])["sampling"] | ignored_keys
-            return old_settings != settings or image.text.get("spacing") != spacing
+            old_model = image.text["unet_fingerprint"], image.text["spacing"]
+            return old_settings != settings or old_model != (model.checkpoint.fingerprint, model.spacing(config.sampling))
     except FileNotFoundError:
         return path.with_suffix("").exists()  # single images without a grid
     except (OSError, AttributeError, KeyError, ValueError):

@@ -101,7 +101,7 @@ def sample(
 
 def _check_init(noise: Tensor, init_latents: Tensor | None, strength: float, mask: Tensor | None) -> None:
     if (mask is not None or strength != 1) and init_latents is None:
-        raise ValueError("mask and strength need init_latents")
+        raise ValueError("mask and strength < 1 need init_latents")
     if init_latents is not None and init_latents.shape != noise.shape:
         raise ValueError(
             f"init_latents must have the shape of noise, {tuple(noise.shape)} (got {tuple(init_latents.shape)})"
@@ -161,7 +161,7 @@ def timesteps(
         )
     steps = min(steps, usable)
     n = max(1, round(strength * steps))
-    start = n * usable / steps  # a strength means the same noise level for every spacing
+    start = n * usable / steps  # the first timestep plus one: one strength gives one initial noise level for every spacing
     i = torch.arange(n, dtype=torch.float64)
     if spacing == "trailing":
         visited = (start - i * start / n).round().long() - 1
@@ -205,8 +205,8 @@ def make_denoiser(
 
 
 def guided(
-    cond: Denoise,
-    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    denoise_cond: Denoise,
+    denoise_both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     schedule: Schedule,
     scale: float,
     interval: tuple[float, float] | None = None,
@@ -215,11 +215,11 @@ def guided(
     """Classifier-free guidance (Ho & Salimans 2021): uncond + scale (cond - uncond), applied to the clean estimates.
 
     For a given z_t the clean estimate is linear in eps and in v, so guiding z0_hat is the same as guiding eps or v.
-    cond      conditional denoise(z_t, t) -> z0_hat, used while guidance is off
-    both      (z_t, t) -> conditional and unconditional z0_hat
-    scale     1 is off, 0 is unconditional
-    interval  guide only while sigma/alpha is in this range (Kynkäänniemi et al. 2024)
-    rescale   0 … 1: move each image's std back toward that of the conditional estimate (Lin et al. 2024, eq. 15 and 16)
+    denoise_cond  (z_t, t) -> conditional z0_hat, used while guidance is off
+    denoise_both  (z_t, t) -> (conditional, unconditional) z0_hat, which can share one batch
+    scale         1 is off, 0 is unconditional
+    interval      guide only while sigma/alpha is in this range (Kynkäänniemi et al. 2024)
+    rescale       0 … 1: move each image's std back toward that of the conditional estimate (Lin et al. 2024, eq. 15 and 16)
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be in [0, 1] (got {rescale})")
@@ -234,8 +234,8 @@ def guided(
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
         if is_off(t):
-            return cond(z_t, t)
-        z0_cond, z0_uncond = both(z_t, t)
+            return denoise_cond(z_t, t)
+        z0_cond, z0_uncond = denoise_both(z_t, t)
         z0 = z0_uncond + scale * (z0_cond - z0_uncond)
         if rescale:
             std_ratio = z0_cond.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)
@@ -251,8 +251,8 @@ def guided(
 class Threshold:
     """Clamp z0_hat to [low, high] and count the clamped values without a host sync.
 
-    low and high are numbers or tensors broadcastable to z0_hat, on its device. The bound never rescales: dynamic
-    thresholding (Imagen) divides by it and shrinks latents.
+    low and high are numbers or tensors broadcastable to z0_hat, on its device. Values are not rescaled:
+    dynamic thresholding (Imagen) divides by the bound, which would shrink latents.
     """
 
     def __init__(self, low, high):
@@ -303,7 +303,7 @@ def randn(shape, generator: Generators, device) -> Tensor:
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """Spherical interpolation of two noise tensors (C, h, w): weight 0 is a, 1 is b (Shoemake 1985).
 
-    Unlike linear interpolation it keeps the norm, and so the noise stays plausible.
+    Unlike linear interpolation it keeps the norm, which is nearly the same for all normal noise of this size.
     """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))

@@ -66,7 +66,7 @@ def train(config: Config, dry_run: bool) -> None:
         return
 
     normalizer = encodings.normalizer.to(device)
-    # Encodings of mirrored images follow the others: image i is row i and row n + i. An epoch contains both.
+    # Encodings of mirrored images follow the others: image i is row i, and its mirror image is row n + i. An epoch contains both.
     loader = BatchLoader([x for x in (encodings.mean, encodings.mean_flipped) if x is not None], device)
     shuffle = Shuffle(sum(map(len, loader.parts)), config.seed)
     print(f"latents: {loader}")
@@ -111,9 +111,11 @@ def train(config: Config, dry_run: bool) -> None:
             trainer.step(forward_backward)
             if trainer.is_main and trainer.due(cfg.eval_every):
                 losses = val_losses(trainer, val_z, val_cond, schedule, dtype)
-                trainer.log({"val/loss": sum(losses) / len(losses)} | {f"val/loss_bin{b}": x for b, x in enumerate(losses)})
+                mean = sum(losses) / len(losses)
+                # Comparable with train/unweighted_loss; train/loss contains the loss weights.
+                trainer.log({"val/unweighted_loss": mean} | {f"val/loss_bin{b}": x for b, x in enumerate(losses)})
                 bins = " ".join(f"{loss:.3f}" for loss in losses)
-                trainer.print(f"validation loss {sum(losses) / len(losses):.4f}, by timestep bin: {bins}")
+                trainer.print(f"unweighted validation loss {mean:.4f}, by timestep bin: {bins}")
                 grid, stats = sample_preview(preview, cfg, trainer.micro_batch, val_cond)
                 trainer.log({f"samples/{name}": stats[name] for name in ("std_ratio", "clamped")})
                 trainer.log_image("samples", grid, f"samples/step_{trainer.steps_done:07d}.png")
@@ -259,7 +261,7 @@ def sample_preview(model: LatentDiffusion, cfg: DiffusionConfig, batch_size: int
     """A grid of samples from fixed noise, under validation conditions without guidance, and statistics of their latents."""
     steps = min(PREVIEW_STEPS, cfg.timesteps)
     settings = SamplingConfig(sampler="unipc", steps=steps, cols=1, batch_size=batch_size)
-    spec = OutputSpec(cfg.sample_images, num_pixels=cfg.sample_images)
+    spec = OutputSpec(cfg.sample_images, keep_pixels=cfg.sample_images)
     samples = model.generate(settings, spec, cond, show_progress=False)
     return image_grid(samples.pixel_array(), cols=max(1, round(cfg.sample_images**0.5))), samples.stats(model.normalizer)
 

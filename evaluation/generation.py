@@ -27,7 +27,7 @@ from utils.images import image_grid, save_png
 
 NEAREST_IMAGES = 12  # generated images in nearest_grid()
 NUM_NEIGHBORS = 3  # training images per generated image
-NEAR_QUANTILE = 0.01
+NEAR_QUANTILE = 0.01  # of the distances of validation images; see Memorization
 
 
 def run(config: Config, dry_run: bool) -> None:
@@ -54,7 +54,7 @@ def run(config: Config, dry_run: bool) -> None:
     generated_features, val_features, reconstructed_features = (
         features(pixels, cfg.batch_size) for pixels in (generated, val, reconstructed)
     )
-    # Distances depend on the number of images: compare sets of one size.
+    # The metrics depend on the number of images: compare sets of the same size.
     sets = {
         "generated": evenly_spaced(generated_features, len(val)),
         "validation images": val_features,
@@ -62,11 +62,11 @@ def run(config: Config, dry_run: bool) -> None:
     }
     if len(generated) > len(val):
         sets["generated, all"] = generated_features
-    distances = [Distance.measure(label, set_features, train_features) for label, set_features in sets.items()]
+    metrics = [SetMetrics.measure(label, set_features, train_features) for label, set_features in sets.items()]
     if config.data.flip:  # the U-Net has seen mirrored images
         mirrored = training_features(config, images, features, train_rows, mirrored=True)
         train_features = torch.cat([train_features, mirrored])
-    # Compared with reconstructions, because the blur of the VAE alone changes distances.
+    # Generated images are compared with reconstructions, because the blur of the VAE alone changes distances.
     memorization = Memorization.measure(generated_features, reconstructed_features, train_features)
 
     num_train = f"{len(train_rows):,} training images"
@@ -80,10 +80,10 @@ def run(config: Config, dry_run: bool) -> None:
         f"Conditions of {min(num_images, len(encodings.val_mean)):,} validation images."
         if cond
         else "Unconditional samples.",
-        markdown_table(DISTANCE_HEADER, [distance.cells() for distance in distances]),
+        markdown_table(METRICS_HEADER, [row.cells() for row in metrics]),
         f"Latents: generated/training std {stats['std_ratio']:.3f} overall, {stats['worst_channel_ratio']:.3f} in the worst "
         f"channel; {stats['clamped']:.2%} of clean estimates clamped; {stats['out_of_range']:.2%} of pixels out of range.",
-        error_budget(*distances[:3]),
+        error_budget(*metrics[:3]),
         memorization.describe(num_train + (" and their mirror images" if config.data.flip else "")),
         f"{name}_nearest.png shows the {NEAREST_IMAGES} nearest: the generated image, then its {NUM_NEIGHBORS} nearest "
         f"training images.",
@@ -96,7 +96,7 @@ def run(config: Config, dry_run: bool) -> None:
 
 def generate_images(model: LatentDiffusion, cfg: SamplingConfig, cond: Cond, n: int) -> tuple[np.ndarray, dict]:
     """Return uint8 (n, H, W, 3) and the statistics of their latents. Image i has condition i % len(cond[0])."""
-    samples = model.generate(cfg.model_copy(update={"cols": 1}), OutputSpec(n, num_pixels=n), cond)
+    samples = model.generate(cfg.model_copy(update={"cols": 1}), OutputSpec(n, keep_pixels=n), cond)
     return samples.pixel_array(), samples.stats(model.normalizer)
 
 
@@ -113,12 +113,12 @@ def training_features(
     return load_tensors(path, f"remove {path}")["features"]
 
 
-DISTANCE_HEADER = ("images", "N", "Fréchet distance", "KID · 1000", "precision", "recall")
+METRICS_HEADER = ("images", "N", "Fréchet distance", "KID · 1000", "precision", "recall")
 
 
 @dataclass
-class Distance:
-    """A row of the table: distances of a set of images from the training images."""
+class SetMetrics:
+    """Metrics between a set of images and the training images: one row of the report's table."""
 
     label: str
     n: int
@@ -129,7 +129,7 @@ class Distance:
     recall: float
 
     @classmethod
-    def measure(cls, label: str, features: Tensor, train_features: Tensor) -> "Distance":
+    def measure(cls, label: str, features: Tensor, train_features: Tensor) -> "SetMetrics":
         return cls(
             label,
             len(features),
@@ -152,7 +152,7 @@ def small_set_note(n: int, dim: int) -> str:
     )
 
 
-def error_budget(generated: Distance, val: Distance, reconstructed: Distance) -> str:
+def error_budget(generated: SetMetrics, val: SetMetrics, reconstructed: SetMetrics) -> str:
     return (
         f"Error budget: the Fréchet distance of generated images is {generated.frechet / val.frechet:.2f} times that of "
         f"validation images. Of the difference of {generated.frechet - val.frechet:.1f}, the VAE causes "
@@ -168,11 +168,11 @@ class Memorization:
     nearest: list[tuple[int, list[int]]]  # (generated, training images), nearest first
     median: float
     val_median: float
-    near: float  # fraction nearer than the NEAR_QUANTILE of validation images
+    near: float  # fraction of generated images nearer than the NEAR_QUANTILE of validation images
 
     @classmethod
     def measure(cls, generated: Tensor, val: Tensor, train: Tensor) -> "Memorization":
-        """From features (N, D) each."""
+        """Compute from the features (N, D) of the three sets of images."""
 
         def neighbors_of(features: Tensor) -> tuple[Tensor, Tensor]:
             parts = [torch.cdist(part, train).topk(NUM_NEIGHBORS, largest=False) for part in features.split(256)]

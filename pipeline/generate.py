@@ -16,7 +16,7 @@ class OutputSpec:
     """Which outputs of generate() to keep."""
 
     num_images: int
-    num_pixels: int = 0  # number of images whose pixels are kept; if 0 and no save_dir, nothing is decoded
+    keep_pixels: int = 0  # keep the pixels of this many images; if 0 without save_dir, nothing is decoded
     keep_latents: bool = False
     trajectory: list[int] = field(default_factory=list)  # images whose clean estimates are kept during sampling
     save_dir: Path | None = None  # write every image to this folder
@@ -35,10 +35,10 @@ class Samples:
     """Generated images and their statistics, on the CPU. Dictionaries are keyed by image index."""
 
     moments: Moments
-    num_clamped: int = 0  # values of clean estimates
-    num_values: int = 0
-    num_out_of_range: int = 0  # values of pixels
-    num_pixel_values: int = 0
+    num_clamped: int = 0  # clamped values of clean estimates
+    num_values: int = 0  # all values of clean estimates
+    num_out_of_range: int = 0  # pixel values outside [-1, 1]
+    num_pixel_values: int = 0  # all pixel values
     latents: dict[int, Tensor] = field(default_factory=dict)  # (C, h, w)
     pixels: dict[int, np.ndarray] = field(default_factory=dict)  # (H, W, 3) uint8
     trajectory: dict[int, list[Tensor]] = field(default_factory=dict)  # z0_hat (C, h, w), from noise to image

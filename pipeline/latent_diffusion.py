@@ -67,7 +67,7 @@ class LatentDiffusion:
 
     @classmethod
     def load(cls, config: Config, device: torch.device, dtype: torch.dtype) -> "LatentDiffusion":
-        """The EMA weights of both networks of an experiment. Refuses files that do not belong together."""
+        """Load the EMA weights of both networks of an experiment. Refuses files that do not belong together."""
         path = unet_path(config)
         vae, vae_metadata = load_vae(config, device)
         unet, metadata, extra = load_network(UNet, path, "unet", "train_diffusion.py", device)
@@ -133,19 +133,20 @@ class LatentDiffusion:
         if self._guidance_forward is not None:
             weaker = make(self._guidance_forward, cond)
 
-            def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            def denoise_both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
                 return conditional(z_t, t), weaker(z_t, t)
 
         elif cond:
+            # One batch for the conditional and the unconditional estimates.
             null = self.unet.conditioner.null_like(cond)
-            halves = make(self._forward, tuple(torch.cat(pair) for pair in zip(cond, null)))
+            batched = make(self._forward, tuple(torch.cat(pair) for pair in zip(cond, null)))
 
-            def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-                return halves(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
+            def denoise_both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                return batched(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
 
         else:
             return conditional
-        return guided(conditional, both, self.schedule, cfg.guidance, cfg.guidance_interval, cfg.guidance_rescale)
+        return guided(conditional, denoise_both, self.schedule, cfg.guidance, cfg.guidance_interval, cfg.guidance_rescale)
 
     # Sampling
 
@@ -163,7 +164,7 @@ class LatentDiffusion:
 
         cond      one row per row of the grid: image i has condition (i // cfg.cols) modulo the number of rows
         init      image-to-image or inpainting
-        progress  a bar to advance, in units of network evaluations times images; None: show an own bar
+        progress  a bar to advance, in units of network evaluations times images; None: create one
         """
         samples, threshold = Samples(Moments(self.latent_shape[0])), self.threshold(cfg.x0_clamp)
         strength = init.strength if init else 1.0
@@ -193,7 +194,7 @@ class LatentDiffusion:
             samples.moments.add(z)
             if spec.keep_latents:
                 samples.latents |= dict(zip(indices, z))
-            if spec.num_pixels or spec.save_dir:
+            if spec.keep_pixels or spec.save_dir:
                 self._add_pixels(samples, spec, indices, z, init)
         if progress is None:
             bar.close()
@@ -208,7 +209,7 @@ class LatentDiffusion:
         pixels = to_uint8(images)
         if init:
             pixels = init.restore_unmasked(pixels)
-        samples.pixels |= {i: p for i, p in zip(indices, pixels) if i < spec.num_pixels}
+        samples.pixels |= {i: p for i, p in zip(indices, pixels) if i < spec.keep_pixels}
         if spec.save_dir:
             with ThreadPoolExecutor(4) as writers:
                 list(
@@ -240,7 +241,7 @@ def _make_forward(net: UNet, cuda_graphs: bool) -> Forward:
 
 
 def load_guidance_net(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint, device: torch.device) -> UNet | None:
-    """The network of sampling.autoguidance, or None. Refuses guidance that this U-Net cannot follow."""
+    """The network of sampling.autoguidance, or None. Refuses guidance for which this U-Net was not trained."""
     path, metadata, conditioner = checkpoint.path, checkpoint.metadata, unet.conditioner
     if cfg.autoguidance is None:
         if cfg.guidance != 1 and conditioner is None:
@@ -264,5 +265,5 @@ def load_guidance_net(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint, d
                 f"(got {weaker_metadata[key]})"
             )
     if weaker.settings["conditioning"] != unet.settings["conditioning"]:
-        raise UserError(f"sampling.autoguidance: {weaker_path} has another conditioning than {path}")
+        raise UserError(f"sampling.autoguidance: {weaker_path} has other labels or text settings than {path}")
     return weaker

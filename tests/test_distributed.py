@@ -159,7 +159,7 @@ def test_a_grid_smaller_than_a_batch_is_shared(trained, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        samples = model.generate(config.sampling, OutputSpec(7, num_pixels=7, distributed=True))
+        samples = model.generate(config.sampling, OutputSpec(7, keep_pixels=7, distributed=True))
         indices.append(sorted(samples.pixels))
     assert indices == [[0, 1, 2], [3, 4, 5], [6]]
 

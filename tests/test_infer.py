@@ -1,6 +1,7 @@
 """infer.py: image-to-image, inpainting, slerp, and output files. test_pipeline.py covers the rest of stage 4."""
 
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 import infer
 from utils import cli
+from utils.checkpoints import load_weights, save_weights
 
 ROW_OF_3 = ("sampling.rows=1", "sampling.cols=3")
 ROW_OF_2 = ("sampling.rows=1", "sampling.cols=2")
@@ -91,6 +93,36 @@ def test_files_of_other_settings_are_renamed(trained, capsys):
     for seed, stem in ((5, f"{path.stem}-2"), (6, f"{path.stem}-3"), (7, path.stem)):
         assert contents[seed] == [path.with_name(stem + suffix).read_bytes() for suffix in (".png", "_strip.gif")]
     assert not path.with_name(f"{path.stem}-4.png").exists()
+
+
+def test_grids_of_a_retrained_unet_are_kept(trained, capsys):
+    """The same command with other U-Net weights renames the older grid; with the same weights it replaces the grid."""
+    weights_path, path = trained.run_dir / "cosine" / "unet.safetensors", grid_path(trained, "euler_1x2")
+    command = ("infer", *ROW_OF_2, "sampling.sampler=euler")
+    original = weights_path.read_bytes()
+    try:
+        assert trained.run(*command) == trained.run(*command) == 0
+        assert "renamed" not in capsys.readouterr().out
+        older_grid = path.read_bytes()
+        tensors, metadata = load_weights(weights_path, "unet", "")
+        save_weights(weights_path, tensors | {"conv_out.bias": tensors["conv_out.bias"] + 0.1}, metadata)
+        assert trained.run(*command) == 0
+    finally:
+        weights_path.write_bytes(original)
+    assert "has other settings or weights and was renamed to tiny_cosine_euler_1x2-2.png" in capsys.readouterr().out
+    assert path.with_name("tiny_cosine_euler_1x2-2.png").read_bytes() == older_grid != path.read_bytes()
+
+
+def test_python_example_of_the_readme(trained):
+    """It runs, and its images are those of the grid that infer.py writes with the same settings."""
+    config_path, *overrides = trained.argv("sampling.rows=2", "sampling.cols=2", "sampling.sampler=heun")
+    lines = [line.strip() for line in Path("README.md").read_text(encoding="utf-8").splitlines() if line.startswith("    ")]
+    example = "\n".join(lines[lines.index("import torch") :][:7])
+    assert 'load_config("configs/demo.yaml")' in example
+    variables = {}
+    exec(example.replace('"configs/demo.yaml"', f"{config_path!r}, {overrides!r}"), variables)
+    assert trained.run("infer", *overrides) == 0
+    assert np.array_equal(variables["pixels"], cells(grid_path(trained, "heun_2x2")))
 
 
 def test_a_grid_contains_its_command(trained):

@@ -23,7 +23,7 @@ def gaussian(schedule, mean, std):
 COND, UNCOND = gaussian(LINEAR, 1.0, 0.5), gaussian(LINEAR, 0.0, 1.0)
 
 
-def both(z_t, t):
+def denoise_both(z_t, t):
     return COND(z_t, t), UNCOND(z_t, t)
 
 
@@ -46,8 +46,8 @@ def record():
 
 def test_scale_one_is_conditional_and_zero_unconditional():
     z_t = noise()
-    assert torch.equal(guided(COND, both, LINEAR, 1.0)(z_t, at(300)), COND(z_t, at(300)))
-    assert torch.equal(guided(COND, both, LINEAR, 0.0)(z_t, at(300)), UNCOND(z_t, at(300)))
+    assert torch.equal(guided(COND, denoise_both, LINEAR, 1.0)(z_t, at(300)), COND(z_t, at(300)))
+    assert torch.equal(guided(COND, denoise_both, LINEAR, 0.0)(z_t, at(300)), UNCOND(z_t, at(300)))
     fails = lambda *_: pytest.fail("scale 1 must not evaluate the unconditional network")
     guided(COND, fails, LINEAR, 1.0)(z_t, at(300))
 
@@ -58,11 +58,11 @@ def test_guiding_z0_is_guiding_eps():
     alpha, sigma = float(LINEAR.alpha(300)), float(LINEAR.sigma(300))
     eps_cond, eps_uncond = ((z_t - alpha * d(z_t, t)) / sigma for d in (COND, UNCOND))
     z0 = (z_t - sigma * (eps_uncond + w * (eps_cond - eps_uncond))) / alpha
-    torch.testing.assert_close(guided(COND, both, LINEAR, w)(z_t, t), z0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided(COND, denoise_both, LINEAR, w)(z_t, t), z0, rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_moves_samples_away_from_the_unconditional_mean():
-    mean = lambda w: float(sample(guided(COND, both, LINEAR, w), noise(256), LINEAR, "dpmpp_2m", 50).mean())
+    mean = lambda w: float(sample(guided(COND, denoise_both, LINEAR, w), noise(256), LINEAR, "dpmpp_2m", 50).mean())
     assert mean(0.0) == pytest.approx(0.0, abs=0.05) and mean(1.0) == pytest.approx(1.0, abs=0.05) and mean(3.0) > 1.1
 
 
@@ -70,13 +70,13 @@ def test_guidance_moves_samples_away_from_the_unconditional_mean():
 def test_interval_is_in_noise_levels(t, inside):
     low, high = noise_level(LINEAR, 300), noise_level(LINEAR, 500)
     z_t = noise()
-    expected = guided(COND, both, LINEAR, 3.0) if inside else COND
-    assert torch.equal(guided(COND, both, LINEAR, 3.0, (low, high))(z_t, at(t)), expected(z_t, at(t)))
+    expected = guided(COND, denoise_both, LINEAR, 3.0) if inside else COND
+    assert torch.equal(guided(COND, denoise_both, LINEAR, 3.0, (low, high))(z_t, at(t)), expected(z_t, at(t)))
 
 
 def test_rescale_restores_the_conditional_std():
     z_t, t = noise(), at(600)
-    full, half, none = (guided(COND, both, LINEAR, 6.0, rescale=r)(z_t, t) for r in (1.0, 0.5, 0.0))
+    full, half, none = (guided(COND, denoise_both, LINEAR, 6.0, rescale=r)(z_t, t) for r in (1.0, 0.5, 0.0))
     std = lambda x: x.std(dim=(1, 2, 3))
     torch.testing.assert_close(std(full), std(COND(z_t, t)))
     torch.testing.assert_close(half, (full + none) / 2)
@@ -88,7 +88,7 @@ def test_rescale_restores_the_conditional_std():
 ])  # fmt: skip
 def test_invalid_guidance(options, message):
     with pytest.raises(ValueError, match=message):
-        guided(COND, both, LINEAR, 2.0, **options)
+        guided(COND, denoise_both, LINEAR, 2.0, **options)
 
 
 # Image-to-image and inpainting
@@ -165,7 +165,7 @@ def test_inpainting_uses_the_kept_area():
 @pytest.mark.parametrize("options, message", [
     (dict(init_latents=torch.zeros(4, 2, 8, 8)), "init_latents must have the shape of noise"),
     (dict(init_latents=torch.zeros(4, 2, 4, 4), mask=torch.zeros(3, 3)), "mask must be broadcastable"),
-    (dict(mask=torch.zeros(4, 4)), "need init_latents"),
+    (dict(mask=torch.zeros(4, 4)), "mask and strength < 1 need init_latents"),
     (dict(init_latents=torch.zeros(4, 2, 4, 4), strength=0.0), r"strength must be in \(0, 1\]"),
     (dict(init_latents=torch.zeros(4, 2, 4, 4), strength=1.1), r"strength must be in \(0, 1\]"),
 ])  # fmt: skip

@@ -31,7 +31,7 @@ from utils.images import to_float
 
 ATTRIBUTES = synthetic_faces.ATTRIBUTES
 CAPTION_ATTRIBUTES = [name for name in ATTRIBUTES if name not in ("backdrop", "light")]
-TRAIN_SEED, EVAL_SEED = 1001, 1002  # not those of the models' data
+TRAIN_SEED, EVAL_SEED = 1001, 1002  # other seeds than those of the models' training images
 TRAIN_IMAGES, VAL_IMAGES, EPOCHS, BATCH_SIZE = 24_000, 2_000, 4, 96
 EVAL_IMAGES = 512
 
@@ -60,7 +60,7 @@ class Classifier(nn.Module):
 
 
 def imitate_vae(x: Tensor) -> Tensor:
-    """Blur half of the images slightly and add noise."""
+    """Blur half of the images slightly and add noise, so that the classifier also works on decoded images."""
     blurred = F.interpolate(F.interpolate(x, scale_factor=0.5, mode="area"), scale_factor=2.0, mode="bilinear")
     strength = torch.rand(len(x), 1, 1, 1, device=x.device) * (torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5)
     return torch.lerp(x, blurred, strength) + 0.03 * strength * torch.randn_like(x)
@@ -139,7 +139,7 @@ def judge(config: Config, net: Classifier | None) -> Classifier:
     for guidance in sorted({0.0, 1.0, cfg.guidance}):
         label = {0.0: "unconditional", 1.0: "no guidance"}.get(guidance, f"guidance {guidance:g}")
         settings = cfg.model_copy(update={"guidance": guidance, "cols": 1, "slerp_to": None})
-        samples = model.generate(settings, OutputSpec(EVAL_IMAGES, num_pixels=EVAL_IMAGES), cond)
+        samples = model.generate(settings, OutputSpec(EVAL_IMAGES, keep_pixels=EVAL_IMAGES), cond)
         accuracies[label] = accuracy(samples.pixel_array())
     rows = [[name, *(f"{values[k]:.1%}" for values in accuracies.values())] for k, name in enumerate(names)]
     rows.append(["mean", *(f"{values.mean():.1%}" for values in accuracies.values())])
