@@ -201,7 +201,7 @@ class DiffusionConfig(TrainingConfig):
         "uniform", "distribution of training timesteps; logit_normal: more in the middle (Esser et al. 2024, §3.1)"
     )
     weighting: Literal["none", "min_snr"] = setting("none", "loss weight per timestep; min_snr: Hang et al. 2023")
-    min_snr_gamma: PositiveFloat = setting(5.0, "gamma of min_snr")
+    min_snr_gamma: PositiveFloat = setting(5.0, "min_snr: gamma, the upper limit of the SNR in the loss weight")
     channels: ChannelsPerLevel = setting(
         [128, 256, 320], "channels per resolution level; every level after the first halves the resolution"
     )
@@ -209,14 +209,14 @@ class DiffusionConfig(TrainingConfig):
     attn_resolutions: list[PositiveInt] = setting(
         [8], "latent resolutions with self-attention; the bottleneck always has it"
     )
-    head_channels: PositiveInt = setting(64, "channels per attention head")
+    head_channels: PositiveInt = setting(64, "minimum number of channels per attention head")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = setting(0.1, "dropout in residual blocks")
     condition: Literal["none", "class", "text"] = setting(
         "none", "conditioning; class: labels of the images; text: captions, see text.encoder"
     )
-    labels: Optional[list[str]] = setting(None, "class: names of the labels to condition on; default: all of the source")
+    labels: Optional[list[str]] = setting(None, "class: names of the labels to condition on; default: all labels")
     cfg_dropout: Fraction = setting(
-        0.1, "probability of training on the null condition instead, for classifier-free guidance"
+        0.1, "probability of replacing a condition by the null condition in training, for classifier-free guidance"
     )
     cross_attn_resolutions: list[PositiveInt] = setting([], "text: latent resolutions with cross-attention to the caption")
     bottleneck: Literal["residual", "transformer"] = setting(
@@ -258,7 +258,9 @@ class SamplingConfig(Section):
         "clamp of the clean estimate; range: range of the training latents per channel; none: off; a number c: [-c, c], "
         "but 1.0 shrinks latents of unit variance",
     )
-    clean_finish_steps: Count = setting(0, "number of last steps that add no noise")
+    clean_finish_steps: Count = setting(
+        0, "ancestral, dpmpp_2m_sde, ddim with eta > 0: number of last steps that add no noise"
+    )
     seed: Seed = setting(0, "seed of the noise; image i depends only on the seed and i")
     guidance: Weight = setting(
         1.0, "guidance scale w in uncond + w (cond - uncond); 1: off, 0: unconditional, above 1: stronger conditioning"
@@ -299,7 +301,7 @@ class SamplingConfig(Section):
         "float32", "float32: images do not depend on the batch size; auto: bfloat16 if the hardware supports it, faster"
     )
     trajectory_frames: Count = setting(
-        0, "frames of a strip and a GIF of the denoising: decoded clean estimates of the first images; 0: off"
+        0, "number of frames in a strip and a GIF that show the clean estimates of the first images during sampling; 0: off"
     )
     save_images: bool = setting(False, "also save every image as a PNG file")
 
@@ -332,7 +334,7 @@ class EvaluationConfig(Section):
     )
     batch_size: PositiveInt = setting(128, "images per network pass")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "auto: bfloat16 if the hardware supports it, else float32; latents: always float32"
+        "auto", "auto: bfloat16 if the hardware supports it, else float32; the task latents always uses float32"
     )
 
 

@@ -1,8 +1,8 @@
 """Stage 2 of 4: VAE -> runs/<name>/encodings.pt.
 
-Encode every training and validation image to its posterior mean (also mirrored if data.flip is on), fit the normalizer, and
-store both with labels, captions, caption embeddings (text.encoder=pretrained) and fingerprints. Does nothing if the file is up to
-date. Run the same command again to continue after an interruption.
+Encode every training and validation image, and mirrored training images if data.flip is on, to their posterior means. Fit
+the normalizer, and store both with labels, captions, caption embeddings (text.encoder=pretrained) and fingerprints. Does
+nothing if the file is up to date. Run the same command again to continue after an interruption.
 """
 
 from utils import cli
@@ -39,7 +39,7 @@ from utils.images import to_float
 CHUNK = 8192  # images or captions per temporary file; an interruption repeats at most one chunk per process
 TOKENS_PER_CAPTION = 15  # for the estimate of disk space
 
-# Encode the items of a range; call the second argument with the number of items finished.
+# encode_chunk(range of item indices, advance) -> tensors; advance(n) is called after every n items, for the progress bar.
 EncodeChunk = Callable[[range, Callable[[int], object]], dict[str, Tensor]]
 
 
@@ -96,14 +96,14 @@ def encode(config: Config, dry_run: bool) -> None:
 
     def encode_split(title: str, split: int, flip: bool = False) -> list[Path]:
         split_rows = torch.from_numpy(rows[split])
-        encode_chunk = latent_encoder(config, vae, loader, split_rows, flip, size)
+        encode_chunk = make_latent_encoder(config, vae, loader, split_rows, flip, size)
         return encode_in_chunks(scratch, title, "img", len(split_rows), encode_chunk)
 
     chunks = {"mean": encode_split("encoding", TRAIN), "val_mean": encode_split("encoding validation", VAL)}
     if config.data.flip:
         chunks["mean_flipped"] = encode_split("encoding mirrored", TRAIN, flip=True)
     if encoder:
-        embed_chunk = caption_encoder(encoder, texts, cfg.batch_size)
+        embed_chunk = make_caption_encoder(encoder, texts, cfg.batch_size)
         chunks["text"] = encode_in_chunks(scratch, "embedding captions", "caption", len(texts), embed_chunk)
     distributed.barrier()
     if not distributed.is_main():
@@ -127,7 +127,7 @@ def encode(config: Config, dry_run: bool) -> None:
 
 
 def chunk_folder(config: Config, inputs: str) -> Path:
-    """The folder for chunks of these inputs. Removes chunks that an interrupted run with another VAE or dataset has left."""
+    """Folder for the chunks of these inputs. Removes chunks that an interrupted run with another VAE or dataset left behind."""
     folder = config.run_dir / f"encodings.chunks-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     if distributed.is_main():
         for other in config.run_dir.glob("encodings.chunks-*"):
@@ -164,7 +164,7 @@ def join_chunks(files: list[Path], key: str) -> Tensor:
     return torch.cat([load_tensors(file, f"remove {file.parent}", mmap=True)[key] for file in files])
 
 
-def latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool, size: int) -> EncodeChunk:
+def make_latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool, size: int) -> EncodeChunk:
     """Return a function that encodes a chunk of the images at `rows` to posterior means, mirrored first if `flip`."""
     cfg, device, dtype = config.encodings, loader.device, pick_precision(config.precision, loader.device)
     storage = getattr(torch, cfg.dtype)
@@ -188,7 +188,7 @@ def latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, 
     return encode_chunk
 
 
-def caption_encoder(encoder: TextEncoder, captions: list[str], batch_size: int) -> EncodeChunk:
+def make_caption_encoder(encoder: TextEncoder, captions: list[str], batch_size: int) -> EncodeChunk:
     """Return a function that encodes a chunk of captions to token embeddings."""
 
     def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def caption_encoder(encoder: TextEncoder, captions: list[str], batch_size: int) 
 
 
 def is_up_to_date(path: Path, result: dict, encoder: TextEncoder | None, config: Config) -> bool:
-    """Whether the file already holds what this run would write; False for a damaged one."""
+    """Whether the file already holds what this run would write. A damaged file counts as out of date."""
     try:
         stored = LatentDataset.load(path)
     except UserError:

@@ -1,8 +1,8 @@
 """Export a trained model to a folder that diffusers loads without this project.
 
 Writes runs/<name>/<diffusion.name>/diffusers/ with the VAE, the U-Net, a scheduler and a model card. An unconditional model
-becomes an LDMPipeline; a class-conditional model becomes its components. The export is loaded again and must reproduce the
-samples of infer.py. Needs the package diffusers.
+becomes an LDMPipeline; a class-conditional model is saved as separate components, because LDMPipeline takes no labels. The
+export is loaded again and must reproduce the samples of infer.py. Needs the package diffusers.
 """
 
 from utils import cli
@@ -30,7 +30,7 @@ from utils.files import require_space
 
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 CHECK_STEPS, CHECK_IMAGES = 50, 2
-TOLERANCE = 1e-3  # of latents with std 1 after CHECK_STEPS steps in float32
+TOLERANCE = 1e-3  # largest difference of latents (std 1) after CHECK_STEPS steps in float32, and of pixels in [-1, 1]
 
 
 def export(config: Config, dry_run: bool) -> None:
@@ -122,6 +122,7 @@ def scheduler_config(schedule: Schedule, prediction: str, sigma_max: float | Non
         raise ValueError(f"diffusion.prediction={prediction} has no counterpart in diffusers' DDIM")
     if schedule.name == "flow":
         raise ValueError("diffusion.schedule=flow has no counterpart in LDMPipeline")
+    # Timesteps above sigma_max are cut off, because diffusers' schedulers start at the last one.
     usable = timesteps(schedule, schedule.timesteps, "trailing", sigma_max)[0] + 1
     alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:usable]])
     common = dict(
@@ -142,9 +143,9 @@ def scheduler_config(schedule: Schedule, prediction: str, sigma_max: float | Non
 
 @torch.no_grad()
 def check(model: LatentDiffusion, folder: Path, vae_name: str, scheduler_name: str, sigma_max: float | None) -> float:
-    """Load the export and compare samples from the same noise. Returns the largest difference of latents; refuses a large one.
+    """Load the export and compare its samples with those of `model`. Refuses a difference above TOLERANCE.
 
-    A wrong argument, such as the number of norm groups, loads without an error.
+    This finds wrong arguments that load without an error, such as norm_eps. Returns the largest difference of latents.
     """
     import diffusers
 

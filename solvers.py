@@ -2,8 +2,8 @@
 
     solver(predict, z, schedule, pairs, options) -> z0
 
-`predict(z_t, t) -> z0_hat` is the network behind conditioning, guidance and thresholding. The last pair has s = -1, which
-stands for clean data. `sampling.sample` builds the arguments. Each function follows the notation of its paper.
+`predict(z_t, t) -> z0_hat` is the network with conditioning, guidance and thresholding applied. The last pair has s = -1,
+which stands for clean data. `sampling.sample` builds the arguments. Each function follows the notation of its paper.
 """
 
 import math
@@ -66,7 +66,7 @@ def sample_euler(predict, z, schedule, pairs, options: SolverOptions):
 
 
 def sample_heun(predict, z, schedule, pairs, options: SolverOptions):
-    """Heun's method on the same ODE (Karras et al. 2022, Algorithm 1 without churn): two network evaluations per step, one
+    """Heun's method on the ODE of sample_euler (Karras et al. 2022, Algorithm 1 without churn): two network evaluations per step, one
     in the last step."""
     for t, s in pairs:  # t_i, t_{i+1}
         z0 = predict(z, t)
@@ -87,7 +87,7 @@ def sample_dpmpp_2m(predict, z, schedule, pairs, options: SolverOptions):
         z0 = predict(z, t)
         if s < 0:
             return z0
-        h = log_snr(schedule, s) - log_snr(schedule, t)
+        h = half_log_snr(schedule, s) - half_log_snr(schedule, t)
         d = extrapolate(z0, previous, h)  # D_i
         z = float(schedule.sigma(s) / schedule.sigma(t)) * z - float(schedule.alpha(s)) * math.expm1(-h) * d
         previous = z0, h
@@ -102,7 +102,7 @@ def sample_dpmpp_2m_sde(predict, z, schedule, pairs, options: SolverOptions):
         z0 = predict(z, t)
         if s < 0:
             return z0
-        h = log_snr(schedule, s) - log_snr(schedule, t)
+        h = half_log_snr(schedule, s) - half_log_snr(schedule, t)
         d = extrapolate(z0, previous, h)  # D_i
         sigma_ratio, alpha = float(schedule.sigma(s) / schedule.sigma(t)), float(schedule.alpha(s))
         if i < options.num_noisy_steps:
@@ -128,9 +128,9 @@ def sample_unipc(predict, z, schedule, pairs, options: SolverOptions):
             return z0
         if i > 0:
             z = unipc_step(z_last, schedule, (pairs[i - 1][0], t), history, z0)
-        history = [*history, (log_snr(schedule, t), z0)][-options.order :]
+        history = [*history, (half_log_snr(schedule, t), z0)][-options.order :]
         z_last = z
-        # The order falls toward clean data as it rose at the start, because the last steps are long in log-SNR.
+        # Lower the order in the last steps as in the first ones: the last steps are long in log(alpha/sigma).
         max_order = len(pairs) - i if pairs[-1][1] < 0 else options.order
         z = unipc_step(z_last, schedule, (t, s), history[-max_order:])
     return z
@@ -177,7 +177,7 @@ def noise_level(schedule: Schedule, t: int) -> float:
     return float(schedule.sigma(t) / schedule.alpha(t))
 
 
-def log_snr(schedule: Schedule, t: int) -> float:
+def half_log_snr(schedule: Schedule, t: int) -> float:
     """lambda_t = log(alpha_t/sigma_t), half of the log-SNR (Lu et al. 2022a, §3.1)."""
     return -math.log(noise_level(schedule, t))
 
@@ -213,13 +213,13 @@ def unipc_step(
 ) -> Tensor:
     """z_t -> z_s from the estimates at t and earlier (UniP). With z0_s, the estimate at s, it is the corrector (UniC).
 
-    r_k are the positions of the other p estimates relative to t in units of h. The weights a_k solve
+    r_k = (lambda_k - lambda_t) / h are the positions of the other p estimates. The weights a_k solve
     sum_k a_k r_k^(n-1) = phi_n for n = 1 … p (Zhao et al. 2023, eq. 5 and 10, in the data-prediction form of App. A).
     """
     t, s = pair
     lambda_t, z0 = history[-1]
-    h = log_snr(schedule, s) - lambda_t
-    # (r_k, D_k / r_k) of all other estimates: position in units of h, and divided difference to z0
+    h = half_log_snr(schedule, s) - lambda_t
+    # (r_k, D_k / r_k) of the other estimates, with D_k = z0_k - z0
     nodes = [((node - lambda_t) / h, (estimate - z0) * (h / (node - lambda_t))) for node, estimate in reversed(history[:-1])]
     if z0_s is not None:
         nodes.append((1.0, z0_s - z0))

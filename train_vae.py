@@ -95,7 +95,7 @@ def train(config: Config, dry_run: bool) -> None:
                 if discriminator is None or step < cfg.adversarial.start:
                     trainer.backward(loss, loss, **metrics)
                     return
-                discriminator.requires_grad_(False)  # the VAE's backward pass must not leave gradients in it
+                discriminator.requires_grad_(False)  # the VAE's backward pass must not leave gradients in the discriminator
                 with autocast(device, dtype):
                     g_loss = generator_loss(discriminator(y))  # (B,)
                 weight = cfg.adversarial.weight * adaptive_weight(loss.mean(), g_loss.mean(), vae.last_layer)
@@ -210,7 +210,7 @@ def evaluate(
             posterior = vae.encode(x)
             y = vae.decode(posterior.mean)
         y = y.clamp(-1, 1)  # as stored in an image file
-        x01, y01 = (x + 1) / 2, (y + 1) / 2  # SSIM is not invariant to an offset
+        x01, y01 = (x + 1) / 2, (y + 1) / 2  # SSIM expects [0, 1]: an offset would change it
         metrics = dict(
             psnr=peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
             ssim=structural_similarity_index_measure(y01, x01, data_range=1.0),

@@ -23,9 +23,10 @@ class Captions:
 
 
 def read_sidecars(files: Files) -> Captions:
-    """Read captions.jsonl or metadata.jsonl, else X.txt of each image X.jpg, with a caption per line.
+    """Read captions.jsonl or metadata.jsonl; if there is none, X.txt for each image X.jpg, with one caption per line.
 
-    A line of .jsonl has `file_name`; `captions` (a list), `caption` or `text`; and optionally `split` (train, val, test).
+    Each line of a .jsonl file is an object with `file_name`; `captions` (a list), `caption` or `text`; and optionally `split`
+    (train, val, test).
     """
     captions = Captions()
     for name in files.file_stats:
@@ -74,8 +75,11 @@ def _read_jsonl(files: Files, name: str) -> tuple[dict[str, list[str]], dict[str
 
 def _reject_missing(missing: list[str], name: str) -> None:
     if missing:
-        rest = f" and {len(missing) - 1} others, which do not exist" if len(missing) > 1 else ", which does not exist"
-        raise UserError(f"data.path: {name} has captions for {missing[0]}{rest}")
+        raise UserError(
+            f"data.path: {name} has captions for images that do not exist: {missing[0]}"
+            + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
+            + ": add the images or remove their captions"
+        )
 
 
 def _nonempty_lines(content: str) -> list[str]:
@@ -90,7 +94,7 @@ def read_coco(files: Files) -> Captions:
     annotation_files = [n for n in files.file_stats if re.fullmatch(r"captions_(train|val)\d*\.json", Path(n).name)]
     if not annotation_files:
         raise UserError(
-            "data.path: no captions_train*.json or captions_val*.json of COCO; "
+            "data.path: no captions_train*.json or captions_val*.json in this folder or zip; "
             "for other captioned images use data.source=folder"
         )
     paths = {"/".join(PurePosixPath(n).parts[-2:]): n for n in files.images}  # "train2017/000000000009.jpg" -> path

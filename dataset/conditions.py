@@ -27,7 +27,7 @@ REMEDY = (
 class Conditions:
     """Conditions of a set of images."""
 
-    gather: Callable[[Tensor], Cond]  # CPU indices (B,) -> conditions on the device; random captions
+    gather: Callable[[Tensor], Cond]  # CPU indices (B,) -> conditions on the device, with a random caption of each image
     fingerprint: str  # of the labels or captions
 
 
@@ -84,7 +84,7 @@ def _most_frequent(counts: Counter) -> list:
 
 
 def conditions_for_split(conditioner: Conditioner, dataset: LatentDataset, split: int, device: torch.device) -> Conditions:
-    """Return the conditions of TRAIN or VAL images; the dataset must match that of training."""
+    """Return the conditions of TRAIN or VAL images. Refuses a dataset with other labels or text encoder than in training."""
     if isinstance(conditioner, LabelEmbedder):
         for name, values in conditioner.names.items():
             if dataset.label_names.get(name) != values:

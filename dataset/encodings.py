@@ -43,7 +43,7 @@ class CaptionEmbeddings:
         return self.values.shape[1]
 
     def loader(self, device: torch.device) -> BatchLoader:
-        """Return a loader that tokens() uses from now on."""
+        """Create and return the loader from which tokens() reads afterwards."""
         self._loader = BatchLoader([self.values], device)
         return self._loader
 
@@ -92,7 +92,7 @@ class LatentDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Identifier of VAE, images and normalizer, all that a U-Net depends on."""
+        """Identifies the VAE, the images and the normalizer, which determine the scaled latents."""
         return f"{self.vae_fingerprint}-{self.data_fingerprint}-{fingerprint(self.normalizer.state_dict())}"
 
     def save(self, path: Path) -> None:

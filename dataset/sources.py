@@ -26,7 +26,7 @@ class Source:
 
     names: list[str]  # (N,)
     read: Callable[[list[int]], list]  # indices -> (size, size, 3) uint8 each, or an error message
-    cache_key: list  # what the content depends on, except size and crop
+    cache_key: list  # everything that the images depend on, except data.image_size and data.crop
     split: np.ndarray | None = None  # (N,) TRAIN, VAL or TEST; None: no official split
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)  # K labels, each with the names of its values
@@ -55,7 +55,7 @@ def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Sourc
 
 
 def _add_captions(source: Source, captions: Captions) -> None:
-    """Set captions, empty if missing, and the split."""
+    """Set the captions (empty for images without one) and the split of `source`."""
     if not captions.texts:
         return
     source.captions = [captions.texts.get(n) or [""] for n in source.names]
@@ -68,7 +68,7 @@ def _add_captions(source: Source, captions: Captions) -> None:
 
 
 def folder(cfg: DataConfig, seed: int) -> Source:
-    """Any folder or zip of images; train/, val/, test/ subfolders become the split and those below them class labels."""
+    """Any folder or zip of images; subfolders train/, val/, test/ become the split, and folders below them become class labels."""
     files = Files(cfg.path)
     source = _source_from_files(files, files.images, cfg)
     _add_captions(source, read_sidecars(files))
@@ -116,7 +116,7 @@ def celeba(cfg: DataConfig, seed: int) -> Source:
     source.cache_key = [source.cache_key, [[n, stats] for n, stats in files.file_stats.items() if Path(n).name in lists]]
     try:
         if partition:
-            # list_eval_partition.txt has the same ids: 0 train, 1 val, 2 test
+            # list_eval_partition.txt uses the same ids as TRAIN, VAL, TEST: 0, 1, 2
             split_ids = {line.split()[0]: int(line.split()[1]) for line in partition if line.strip()}
             source.split = np.array([split_ids.get(_celeba_key(n, split_ids), TRAIN) for n in names], dtype=np.uint8)
         if attributes:
@@ -125,7 +125,8 @@ def celeba(cfg: DataConfig, seed: int) -> Source:
             missing = [n for n in names if len(values.get(_celeba_key(n, values), ())) != len(columns)]
             if missing:
                 raise UserError(
-                    f"{cfg.path}: list_attr_celeba.txt has no complete line for {missing[0]} and {len(missing) - 1} others"
+                    f"{cfg.path}: list_attr_celeba.txt has no complete line for {missing[0]} and {len(missing) - 1} others: "
+                    f"use the complete file, or remove it to train without labels"
                 )
             source.labels = np.array([values[_celeba_key(n, values)] for n in names], dtype=np.int64)
             source.label_names = {column.lower(): ["no", "yes"] for column in columns}
@@ -178,7 +179,7 @@ def synthetic_faces(cfg: DataConfig, seed: int) -> Source:
     return Source(
         [f"{i:06d}" for i in indices],
         read=lambda rows: list(faces.render(seed, np.asarray(rows), cfg.image_size)),
-        # the code too, since it determines the images
+        # The hash of the code is included, because the code determines the images.
         cache_key=[hashlib.sha256(Path(faces.__file__).read_bytes()).hexdigest(), seed, len(indices)],
         split=np.where(indices < cfg.num_images, TRAIN, VAL).astype(np.uint8),
         labels=faces.labels(seed, indices),

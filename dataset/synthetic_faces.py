@@ -165,7 +165,7 @@ def _caption(row):
 def _appearance(seed, indices):
     """Return dictionaries of attributes (B,), geometry (B, 1) float32 and colors (3, B, 1) float32.
 
-    Lengths are in head units: the frame is [-1, 1]^2, y down; the head is centered, about 0.8 x 1.1 before `zoom`.
+    The image is [-1, 1]^2 with y down. The head is at its center, about 0.8 wide and 1.1 high before scaling by `zoom`.
     """
     rng = _HashRandom(seed, indices)
     a = _attributes(rng)
@@ -212,7 +212,7 @@ def _appearance(seed, indices):
     g["gap"] = np.where(is_open, np.where(smile, rnd("gap", .085, .11), rnd("gap", .085, .10)), 0)
     g["teeth"] = np.where(is_open & smile, .048, 0)
     g["lips"] = rnd("lips", .030, .040) * np.where(male, .75, 1.1)
-    # hair: cap, curtain below it, mirrored blob (bun, pigtails), waves, curls, spikes
+    # hair, see _draw; a height of -2 or -3 puts a part outside the image, and cap_cut = 2 cuts nothing off
     g["cap_w"] = g["face_w"] + by([-.02, .025, .03, .13, .075, .06, .015, .025], style) + rnd("cap_w", 0, .03) * (style > 0)
     g["cap_h"] = by([.40, .56, .57, .62, .60, .59, .555, .57], style) + rnd("cap_h", 0, .04)
     g["cap_h"] += rnd("afro", 0, .08) * (style == 3)
@@ -320,8 +320,8 @@ def _glow(x, y, rx, ry):
     return d
 
 
-def _arc(x, half_width):
-    """Parabola: 1 at x = 0, 0 at x = +-half_width."""
+def _parabola(x, half_width):
+    """1 - (x / half_width)^2: 1 at x = 0, 0 at x = +-half_width, negative outside."""
     d = x * (1 / half_width)
     d *= d
     np.subtract(1, d, out=d)
@@ -362,7 +362,7 @@ def _draw(g, c, size, canvas, scratch):
     everywhere = slice(None)
 
     def rows(top, bottom):
-        """Return the band of pixels with y in [top, bottom]: faster than painting on the whole frame."""
+        """Return the pixels with y in [top, bottom] as a slice, because painting the whole image is slower."""
         a, b = (int(np.clip(np.floor((y + 1) / 2 * size), 0, size)) for y in (top, bottom + 2 / size))
         return slice(a * size, b * size)
 
@@ -378,7 +378,11 @@ def _draw(g, c, size, canvas, scratch):
     au, u2 = np.abs(u), u * u
     fu = u + (u2 * 1.2 - 1) * g.turn
 
-    # hair silhouette: cap down to the sideburns, curtain, mirrored blob; cut by a hat
+    # Hair silhouette, the union of three shapes as a signed distance:
+    # - cap: an ellipse around the skull above the curve v = cap_cut - 0.4 u^2; spikes and curls displace its outline
+    # - curtain (bob, long): |u| < curtain_w + v flare, from v = -0.05 down to the curve v = curtain - 0.5 u^2
+    # - blob: an ellipse at (blob_x, blob_y) and its mirror image at -blob_x (pigtails), or one at u = 0 (bun)
+    # A hat removes all hair above hat_y. The face is painted over the silhouette.
     cap_v, curls = v + 0.05, np.float32(0)
     if g.spike.any():
         cap_v -= _ripple((u + v * g.lean) * 3.6 + 0.5) * np.minimum(v + 0.1, 0) * (g.spike * 2)
@@ -397,19 +401,21 @@ def _draw(g, c, size, canvas, scratch):
     d_hair = np.maximum(d_hair, g.hat_y - 0.02 - v)
     paint(_cover(d_hair.copy(), sharp), everywhere, c["hair_dark"])
 
-    # front hair, painted after the face: the silhouette minus an opening for the face
+    # Front hair, painted after the face: the silhouette without the opening, but with the part of it above the fringe line.
+    # The opening is half an ellipse above v = 0.1 and a vertical strip of the same width below.
     opening = _ellipse(u - g.open_x, np.minimum(v - 0.1, 0), g.open_w, g.open_h)
     fringe = v - g.fringe_y - u * g.fringe_slope - _ripple(u * 6) * 0.03
     front = np.maximum(d_hair, np.minimum(-opening, fringe))
 
-    # head silhouette: an ellipse, narrower at the jaw, squared by `square`
+    # Head silhouette: un^2 + vn^2 - square un^2 vn^2 = 1, an ellipse that `square` deforms toward a rectangle. `jaw` makes
+    # it narrower below v = 0.05.
     low = np.maximum(v - 0.05, 0)
     un, vn = u * (low * low * (g.jaw * 3) + 1) * (1 / g.face_w), (v - 0.04) * (1 / 0.56)
     un2, vn2 = un * un, vn * vn
     d_face = un2 + vn2 - np.minimum(un2, 1) * np.minimum(vn2, 1) * g.square
     d_face = (np.sqrt(np.maximum(d_face, 0, out=d_face), out=d_face) - 1) * g.face_w
 
-    # clothes, neckline, neck
+    # Clothes: the area below the shoulder curve. Neck: a vertical strip, and the clothes above the neckline, in skin color.
     s = rows(.30, 1)
     bx, by = np.abs(x[:, s]), y[:, s]
     b2 = bx * bx
@@ -462,7 +468,7 @@ def _draw(g, c, size, canvas, scratch):
         dots *= _glow(np.abs(U) - 0.16, V - 0.16, 0.22, 0.15) * (g.freckle * 6)
         paint(np.minimum(dots, 0.75), s, c["freckle"])
 
-    # beard (lower face minus an ellipse and the mouth), moustache
+    # beard: the lower face without an ellipse and the mouth; moustache: a stroke along a parabola
     if g.beard.any() or g.moustache.any():
         s = rows(-.1, .85)
         U, V = fu[:, s], v[:, s]
@@ -470,15 +476,17 @@ def _draw(g, c, size, canvas, scratch):
         mouth = _ellipse(U, V - g.mouth_y, g.mouth_w, g.lips * 1.3 + g.gap * 0.5)
         beard = np.maximum(np.maximum(beard, -0.02 - V), 0.010 - mouth)
         paint(_cover(beard, sharp * 0.7) * (g.beard * 0.93), s, c["brow"])
-        moustache = np.abs(V - (g.nose_y + g.mouth_y) * 0.5 - 0.005 - U * U * 2) - _arc(U, 0.17) * 0.045
+        moustache = np.abs(V - (g.nose_y + g.mouth_y) * 0.5 - 0.005 - U * U * 2) - _parabola(U, 0.17) * 0.045
         paint(_cover(moustache, sharp) * g.moustache, s, c["brow"])
 
-    # mouth; line: distance below the curve where the lips meet; wide: 1 in the middle, 0 at the corners
+    # Mouth. The lips meet on the curve V = mouth_y + (parabola - 0.5) bend, which sags in the middle for a smile. Lips, gap
+    # and teeth are bands around it: `line` is the distance below the curve, and `wide` scales their thickness, from 1 in the
+    # middle to 0 at the corners. `ends` is positive beyond the corners and cuts the bands off there.
     s = rows(.15, .70)
     U, V = fu[:, s], v[:, s]
-    arc = _arc(U, g.mouth_w)
-    wide, ends = np.maximum(arc, 0), arc * (g.mouth_w * -0.5)
-    line = V - g.mouth_y - (arc - 0.5) * g.bend
+    parabola = _parabola(U, g.mouth_w)
+    wide, ends = np.maximum(parabola, 0), parabola * (g.mouth_w * -0.5)
+    line = V - g.mouth_y - (parabola - 0.5) * g.bend
     lip = np.maximum(-line - wide * g.lips - 0.004, line - wide * (g.lips * 1.35 + g.gap))
     paint(_cover(np.maximum(lip, ends), sharp), s, c["lip"])
     gap = np.maximum(-line - wide * 0.011, line - wide * g.gap - np.minimum(wide * 3, 1) * 0.011)
@@ -493,13 +501,14 @@ def _draw(g, c, size, canvas, scratch):
     paint(_glow(np.abs(U) - g.nose_w * 0.62, V, g.nose_w * 0.6, 0.032) * 0.9, s, c["skin_dark"] * 0.82)
     paint(_glow(U, V - 0.012, g.nose_w * 1.2, 0.035) * 0.6, s, c["skin_dark"])
 
-    # eyes; ex, ey are relative to the nearer eye, out points away from the nose
+    # Eyes. (ex, ey) is relative to the nearer eye; `out` is the distance from its center, away from the nose. The lids are
+    # parabolas through both corners: `top` above, `low` below. The iris is a disk, visible between the lids only.
     s = rows(-.26, .34)
     U = fu[:, s]
     out, ex = np.abs(U) - g.eye_x, U - np.copysign(g.eye_x, U)
     ey = v[:, s] - g.eye_y + out * g.eye_tilt
-    arc = _arc(out, g.eye_w)
-    top, low = arc * -g.lid_top, arc * g.lid_low
+    parabola = _parabola(out, g.eye_w)
+    top, low = parabola * -g.lid_top, parabola * g.lid_low
     lash = np.maximum(top - ey - g.lash - 0.008 - np.maximum(out, 0) * (g.lash * 3), ey - low - 0.006)
     paint(_cover(lash, sharp), s, c["brow"] * 0.35)
     white = _cover(np.maximum(top - ey, ey - low), sharp)
@@ -511,14 +520,14 @@ def _draw(g, c, size, canvas, scratch):
     paint(_cover(ring + g.iris * 0.6, sharp) * white, s, _rgb(18, 14, 16))
     paint(_cover(_ellipse(ix - g.lx * 0.024, iy + 0.022, 0.016, 0.016), sharp), s, _rgb(255, 255, 255))
 
-    # brows
+    # brows: strokes along a parabola, thickest in the middle
     s = rows(-.36, .22)
     out = np.abs(fu[:, s]) - g.eye_x
     brow = np.abs(v[:, s] - g.brow_y + (out - 0.02) * g.brow_tilt - out * out * 1.6)
-    brow -= _arc(out - 0.005, g.eye_w * 1.3) * g.brow_h
+    brow -= _parabola(out - 0.005, g.eye_w * 1.3) * g.brow_h
     paint(_cover(brow, sharp) * 0.92, s, c["brow"])
 
-    # glasses: rims (round to square), bridge, temples, faint lenses
+    # glasses: rims (the curve of the head silhouette: round to square), a bar for bridge and temples, faint lenses
     if g.glasses.any():
         s = rows(-.36, .42)
         U, V = np.abs(fu[:, s]), v[:, s] - g.eye_y
@@ -533,7 +542,7 @@ def _draw(g, c, size, canvas, scratch):
         paint(_cover(rim, sharp) * g.glasses, s, c["frame"])
 
     # front hair: gloss on the lit side, strands, curls
-    gloss = np.maximum(_arc(d_cap + 0.16, 0.11), 0) * (np.clip(u * g.lx + 0.35, 0, 1) * 0.8)
+    gloss = np.maximum(_parabola(d_cap + 0.16, 0.11), 0) * (np.clip(u * g.lx + 0.35, 0, 1) * 0.8)
     gloss += _ripple((u + g.open_x) * (7 - v * 2) + v) * 0.22 + curls * 3.2
     gloss += u * (g.lx * 0.35) - v * 0.12 + 0.22
     paint(_cover(front, sharp), everywhere, c["hair_dark"], c["hair_light"], np.clip(gloss, 0, 1, out=gloss))
@@ -569,7 +578,9 @@ class _AttributeDict(dict):
 
 # ---------------------------------------------------------------- rendering in chunks
 
-CHUNK_PIXELS = 32 * 64 * 64     # 512 KiB planes: small enough for the cache, large enough for two threads
+# Pixels of the images that are painted together. A float32 plane of them has 512 KiB and fits in the CPU cache. With smaller
+# chunks, two threads would spend most of the time waiting for Python's GIL.
+CHUNK_PIXELS = 32 * 64 * 64
 
 
 def render(seed: int, indices: np.ndarray, size: int) -> np.ndarray:
@@ -600,7 +611,7 @@ def render(seed: int, indices: np.ndarray, size: int) -> np.ndarray:
             for k in range(3):
                 images[order[part], :, :, k] = view[k].reshape(-1, size, size)
 
-    threads = max(1, min(2, os.cpu_count() or 1, len(starts)))                     # 1.6 x as fast as 1; more: GIL-bound
+    threads = max(1, min(2, os.cpu_count() or 1, len(starts)))                     # 2: 1.6 times as fast as 1; more wait for the GIL
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(render_chunks, [starts[t::threads] for t in range(threads)]))    # list() raises the threads' errors
     return images

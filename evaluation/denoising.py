@@ -1,4 +1,4 @@
-"""evaluation.task=loss: denoising error per log-SNR bin, relative to the optimal denoiser for N(0, 1)."""
+"""evaluation.task=loss: denoising error per bin of log(alpha/sigma), relative to the optimal denoiser for N(0, 1)."""
 
 from typing import NamedTuple
 
@@ -37,10 +37,11 @@ def run(config: Config, dry_run: bool) -> None:
     mean_error, mean_relative = (sum(values) / len(bins) for values in zip(*((b.error, b.relative_error) for b in bins)))
     rows.append([f"mean of {bins[0].center:+d} … {bins[-1].center:+d}", "", f"{mean_error:.4f}", f"{mean_relative:.3f}"])
     paragraphs = [
-        f"# Denoising error per log-SNR bin: {config.name}, {model.schedule.name} schedule, predicts {model.prediction}",
+        f"# Denoising error per bin of log(alpha/sigma): {config.name}, {model.schedule.name} schedule, "
+        f"predicts {model.prediction}",
         f"{len(z):,} validation latents. The last column is the squared error of the clean estimate relative to the optimal "
-        f"denoiser for N(0, 1): 1 is no better than that. A row is a bin of width 1 in log(alpha/sigma). Rows are comparable between schedules and predictions; means only "
-        f"if they cover the same bins.",
+        f"denoiser for N(0, 1): 1 is no better than that denoiser. A row is a bin of width 1 in log(alpha/sigma), which is "
+        f"half the log-SNR. Rows are comparable between schedules and predictions; means only if they cover the same bins.",
         markdown_table(
             ["log(alpha/sigma)", "t", "squared error of z0", "relative to the optimal denoiser for N(0, 1)"], rows
         ),

@@ -22,10 +22,10 @@ from utils.device import num_params, pick_device, pick_precision
 from utils.errors import UserError
 from utils.files import write_atomically
 
-ODE_SOLVERS = ("ddim", "euler", "heun", "dpmpp_2m", "unipc")  # of the probability-flow ODE, deterministic
-REFERENCE = "heun"  # with the most steps: the ODE solution
+ODE_SOLVERS = ("ddim", "euler", "heun", "dpmpp_2m", "unipc")  # deterministic solvers of the probability-flow ODE
+REFERENCE = "heun"  # its samples with the most steps are taken as the ODE solution
 NUM_PROJECTIONS, NUM_QUANTILES = 512, 256  # of the sliced Wasserstein distance
-MAX_DISTANCE_RATIO = 1.05  # of a recommended sampler to the best
+MAX_DISTANCE_RATIO = 1.05  # distance of a recommended sampler relative to that of the best sampler
 STD_RANGE = (0.97, 1.03)  # of std ratios of recommended samplers
 
 
@@ -86,26 +86,26 @@ HEADER = (
 
 
 @dataclass
-class Row:
+class SamplerMetrics:
     """Metrics of one sampler with one number of steps."""
 
     sampler: str
     steps: int
     evaluations: int  # of the network, per image
-    to_ode: float | None  # RMS distance to the ODE solution; None if noise is added
+    ode_distance: float | None  # RMS distance to the ODE solution; None if noise is added
     std_ratio: float
     distance: float  # sliced Wasserstein distance to validation latents
     seconds: float  # for all images
     spacing: str = ""
 
     def cells(self) -> list[str]:
-        to_ode = "–" if self.to_ode is None else f"{self.to_ode:.3f}"
+        ode_distance = "–" if self.ode_distance is None else f"{self.ode_distance:.3f}"
         numbers = [f"{self.std_ratio:.3f}", f"{self.distance:.4f}", f"{self.seconds:.1f}"]
-        return [self.sampler, f"{self.steps}", self.spacing, f"{self.evaluations}", to_ode, *numbers]
+        return [self.sampler, f"{self.steps}", self.spacing, f"{self.evaluations}", ode_distance, *numbers]
 
 
-def compare_samplers(config: Config, model: LatentDiffusion, val_z: Tensor, cond: Cond) -> list[Row]:
-    """One row per sampler and number of steps; the ODE solution comes first."""
+def compare_samplers(config: Config, model: LatentDiffusion, val_z: Tensor, cond: Cond) -> list[SamplerMetrics]:
+    """Metrics per sampler and number of steps. REFERENCE runs first: others are compared with it."""
     cfg = config.evaluation
     spec = OutputSpec(cfg.num_images, keep_latents=True)
 
@@ -129,11 +129,11 @@ def compare_samplers(config: Config, model: LatentDiffusion, val_z: Tensor, cond
             z = torch.stack([samples.latents[i] for i in range(cfg.num_images)])
             ode_solution = z if ode_solution is None else ode_solution
             is_ode_solver = run.sampler in ODE_SOLVERS and not (run.sampler == "ddim" and run.eta > 0)
-            row = Row(
+            row = SamplerMetrics(
                 run.sampler,
                 run.steps,
                 evaluations(run),
-                to_ode=float((z - ode_solution).square().mean().sqrt()) if is_ode_solver else None,
+                ode_distance=float((z - ode_solution).square().mean().sqrt()) if is_ode_solver else None,
                 std_ratio=samples.moments.overall_std() / model.normalizer.overall_std(),
                 distance=sliced_wasserstein(z, val_z),
                 seconds=seconds,
@@ -164,7 +164,7 @@ def train_baseline(model: LatentDiffusion, encodings: LatentDataset, val_z: Tens
     return sum(sliced_wasserstein(z, val_z) for z in latents) / len(subsets)
 
 
-def recommend(rows: list[Row]) -> str:
+def recommend(rows: list[SamplerMetrics]) -> str:
     """Name the cheapest sampler about as good as ancestral sampling with the most steps."""
     ancestral = [row for row in rows if row.sampler == "ancestral"]
     best = max(ancestral, key=lambda row: row.evaluations) if ancestral else min(rows, key=lambda row: row.distance)
@@ -181,7 +181,7 @@ def recommend(rows: list[Row]) -> str:
     return f"recommendation: {describe(chosen, best)}{'' if right_std else note}"
 
 
-def describe(row: Row, best: Row) -> str:
+def describe(row: SamplerMetrics, best: SamplerMetrics) -> str:
     difference = row.distance / best.distance - 1
     return (
         f"{row.sampler}, {row.steps} steps: distance {abs(difference):.1%} {'above' if difference > 0 else 'below'} that of "
@@ -190,14 +190,14 @@ def describe(row: Row, best: Row) -> str:
     )
 
 
-def save_plot(path: Path, rows: list[Row], baseline: float, title: str) -> None:
+def save_plot(path: Path, rows: list[SamplerMetrics], baseline: float, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     plots = {
-        "RMS distance to the ODE solution": lambda row: row.to_ode,
+        "RMS distance to the ODE solution": lambda row: row.ode_distance,
         "generated/training std": lambda row: row.std_ratio,
         "sliced Wasserstein distance to validation latents": lambda row: row.distance,
     }
@@ -205,13 +205,13 @@ def save_plot(path: Path, rows: list[Row], baseline: float, title: str) -> None:
     for axis, (heading, value) in zip(axes, plots.items()):
         for sampler in dict.fromkeys(row.sampler for row in rows):
             points = sorted((row.evaluations, value(row)) for row in rows if row.sampler == sampler and value(row))
-            x, y = zip(*points) if points else ((), ())  # a log axis cannot show the reference's 0
+            x, y = zip(*points) if points else ((), ())  # the distance 0 of REFERENCE has no place on a log axis
             axis.plot(x, y, marker=".", label=sampler if points else None)
         axis.set(xscale="log", xlabel="network evaluations", title=heading)
     axes[1].axhspan(*STD_RANGE, alpha=0.15)
     axes[1].set_ylim(0.7, 1.3)  # heun with few steps is far outside
     axes[2].axhline(baseline, linestyle=":", color="black", label="training latents")
-    if any(row.to_ode for row in rows):
+    if any(row.ode_distance for row in rows):
         axes[0].set_yscale("log")
     axes[2].set_yscale("log")
     axes[2].legend()

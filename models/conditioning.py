@@ -19,6 +19,8 @@ Cond = tuple[Tensor, ...]  # () if unconditional
 
 @dataclass
 class Condition:
+    """Output of a conditioner: an embedding to add to the timestep embedding, and tokens for cross-attention."""
+
     emb: Tensor  # (B, emb_dim)
     tokens: Tensor | None = None  # (B, L, token_dim)
     mask: Tensor | None = None  # (B, L) bool, False for padding
@@ -43,8 +45,8 @@ class Conditioner(nn.Module):
 
 
 class LabelEmbedder(Conditioner):
-    """Sum of label embeddings. Labels are (B, K) int64, one column per kind of label. The null label of a column
-    with n values is n.
+    """Sum of label embeddings. Labels are (B, K) int64, one column per label name (class, hair, …). A column with n
+    values has the entries 0 … n-1, and n is its null label.
 
     With several columns, `drop` also omits a random subset of each image's labels.
     """

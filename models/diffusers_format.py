@@ -1,7 +1,7 @@
-"""The same networks in the format of diffusers: UNet2DModel and AutoencoderKL. Maps constructor arguments and state dicts both ways.
+"""Conversion of UNet and VAE to and from UNet2DModel and AutoencoderKL of diffusers: constructor arguments and state dicts.
 
-Both networks compute the same functions as their counterparts, so that a weight only changes its name (and q, k, v are stored
-as one tensor here). What diffusers cannot express is refused with a ValueError.
+Both networks compute the same functions as their counterparts, so weights are only renamed, and q, k, v joined to one
+tensor. Raises ValueError for architectures that have no counterpart.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.layers import num_heads, num_norm_groups
 
-# Submodules of a residual block, an attention layer, a down- or upsampler; all others have the same name.
+# Submodules of residual blocks, attention, down- and upsampling whose name in diffusers differs.
 SUBMODULES = {"modulation": "time_emb_proj", "skip": "conv_shortcut", "norm": "group_norm", "out": "to_out.0"}
 QKV = ("to_q", "to_k", "to_v")
 
@@ -26,7 +26,7 @@ def unet_config(settings: dict) -> dict:
         raise ValueError("diffusion.condition=text has no counterpart in diffusers' UNet2DModel")
     if conditioning and len(conditioning["names"]) > 1:
         raise ValueError(
-            f"diffusers' UNet2DModel takes one kind of label (this model has {', '.join(conditioning['names'])})"
+            f"diffusers' UNet2DModel takes one label per image (this model has {', '.join(conditioning['names'])})"
         )
     channels, size = settings["channels"], settings["size"]
     has_attention = [size >> level in settings["attn_resolutions"] for level in range(len(channels))]
@@ -162,6 +162,7 @@ def vae_settings(config: dict) -> dict:
 
 
 def _require(config: dict, expected: dict) -> None:
+    """Raise ValueError if config has a value other than the expected one. Missing keys are accepted."""
     for name, value in expected.items():
         actual = config.get(name, value)
         actual = list(actual) if isinstance(actual, tuple) else actual
@@ -249,7 +250,7 @@ def to_diffusers(state: dict[str, Tensor], modules: dict[str, str]) -> dict[str,
 
 
 def from_diffusers(state: dict[str, Tensor], keys: list[str], modules: dict[str, str]) -> dict[str, Tensor]:
-    """The reverse, for the keys of our network. Raises ValueError for missing and for unused tensors."""
+    """Inverse of to_diffusers(); `keys` are those of our network. Raises ValueError for missing and for unused tensors."""
     names = {key: _names(key, modules) for key in keys}
     wanted = {name for group in names.values() for name in group}
     different = sorted(wanted ^ state.keys())

@@ -21,7 +21,8 @@ class PatchDiscriminator(nn.Module):
         for level in range(1, levels + 1):
             c_out = width * min(2**level, 8)
             stride = 2 if level < levels else 1
-            layers += [nn.Conv2d(ch, c_out, 4, stride=stride, padding=1, bias=False), group_norm(c_out, num_norm_groups([c_out])), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(ch, c_out, 4, stride=stride, padding=1, bias=False)]
+            layers += [group_norm(c_out, num_norm_groups([c_out])), nn.LeakyReLU(0.2)]
             ch = c_out
         self.net = nn.Sequential(*layers, nn.Conv2d(ch, 1, 4, padding=1))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_UNFUSED_TOKENS = 256
+MAX_UNFUSED_TOKENS = 256  # number of keys up to which attention on CPUs uses plain matrix products
 
 
 class GroupNorm(nn.GroupNorm):

@@ -45,7 +45,7 @@ def make_perceptual(net: str, weights: Path) -> nn.Module:
 
 
 def _is_torchvision_file(weights: Path) -> bool:
-    """Compare with the SHA-256 prefixes in the names of torchvision's LPIPS backbones."""
+    """Whether the file is one of torchvision's LPIPS backbones, whose names contain the first digits of their SHA-256."""
     import torchvision.models as zoo
 
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()

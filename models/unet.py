@@ -23,9 +23,9 @@ from models.transformer import TransformerBottleneck
 class UNet(nn.Module):
     """z_t (B, in_channels, h, w), timesteps (B,) and a condition -> prediction in the shape of z_t, float32.
 
-    size                    of training latents; level i has resolution size / 2^i
-    channels                per level
-    num_res_blocks          per level on the way down; one more on the way up
+    size                    height and width of the training latents; level i has resolution size / 2^i
+    channels                channels per level
+    num_res_blocks          residual blocks per level on the way down; one more on the way up
     attn_resolutions        resolutions with self-attention after each residual block
     head_channels           minimum channels per attention head
     conditioning            arguments of `make_conditioner`; None: unconditional

@@ -32,8 +32,8 @@ class Posterior:
 class VAE(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] <-> latents (B, latent_channels, H/f, W/f).
 
-    channels           per level; f = patch_size · 2^(levels-1)
-    num_res_blocks     per level of the encoder; the decoder has one more
+    channels           channels per level; f = patch_size · 2^(levels-1)
+    num_res_blocks     residual blocks per level of the encoder; the decoder has one more
     attention          self-attention with one head in the bottleneck
     patch_size         pixel patches are folded into channels, which makes the first level cheaper
     output_activation  of the decoder: tanh or none
@@ -113,7 +113,7 @@ class VAE(nn.Module):
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, about in [-1, 1] without tanh."""
+        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, approximately in [-1, 1] (exactly with tanh)."""
         z = self.post_quant_conv(z)
         images = self._apply_in_chunks(self.decoder, z, z.shape[2] * z.shape[3] * self.downsampling**2)
         return torch.tanh(images) if self.output_activation == "tanh" else images

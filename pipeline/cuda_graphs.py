@@ -12,7 +12,7 @@ TOLERANCE = 0.02  # relative to the output norm; bf16 kernels with another summa
 
 
 def cast_weights(net: nn.Module, dtype: torch.dtype) -> None:
-    """Cast convolutions and linear layers in place, as autocast would do again in every call."""
+    """Cast convolutions and linear layers in place, which autocast would repeat in every call."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)

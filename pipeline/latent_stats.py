@@ -59,7 +59,7 @@ def std_warnings(stats: dict, cfg: SamplingConfig) -> list[str]:
     if off < 0.9 and stats["clamped"] > 0.02 and cfg.x0_clamp != "range":
         cause = f"sampling.x0_clamp={cfg.x0_clamp} clamps the clean estimate too hard: use x0_clamp=range"
     elif off < 0.9 and cfg.steps < 20:
-        cause = f"sampling.steps={cfg.steps} is too few: use steps=50"
+        cause = f"sampling.steps={cfg.steps} is too few: use steps=25"
     elif off > 1.1 and ((cfg.sigma_max or 0) > 70 and cfg.x0_clamp == "none"):
         cause = "errors at the noisy end of the schedule are amplified: use sampling.sigma_max=70 and x0_clamp=range"
     elif off > 1.1 and cfg.x0_clamp == "none":

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from config import Config, SamplingConfig
+from dataset import evenly_spaced
 from dataset.encodings import CaptionEmbeddings
-from dataset.image_cache import evenly_spaced
 from dataset.text_encoder import TextEncoder
 from models.conditioning import Cond, Conditioner, LabelEmbedder, WordEncoder
 from utils.errors import UserError
@@ -27,7 +27,7 @@ class Prompts:
 def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.device) -> Prompts:
     """Conditions for sampling.labels or sampling.prompts. Refuses labels and prompts that this model does not know.
 
-    If neither is set: one row per class for a model with one kind of label (evenly spaced ones if there are more than
+    If neither is set: one row per class for a model with one label (evenly spaced ones if there are more than
     sampling.rows classes), else the null condition.
     """
     cfg = config.sampling
@@ -55,44 +55,47 @@ def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.
     if encoder.fingerprint != conditioner.fingerprint:
         raise UserError(f"text.model: {encoder.model} has other weights than {conditioner.model}, used in training")
     embeddings = CaptionEmbeddings.from_encoder(encoder, encoder.encode(prompts))
-    cut = f"warning: {encoder.num_truncated} prompts are longer than {encoder.max_length} tokens and were truncated"
-    return Prompts(titles, embeddings.tokens(torch.arange(len(prompts)), device), [cut] if encoder.num_truncated else [])
+    truncated = f"warning: {encoder.num_truncated} prompts are longer than {encoder.max_length} tokens and were truncated"
+    warnings = [truncated] if encoder.num_truncated else []
+    return Prompts(titles, embeddings.tokens(torch.arange(len(prompts)), device), warnings)
 
 
 def _from_labels(cfg: SamplingConfig, conditioner: LabelEmbedder, device) -> Prompts:
-    kinds, requested_labels = conditioner.names, cfg.labels
-    if requested_labels is None and len(kinds) == 1:
-        classes = np.array(next(iter(kinds.values())), dtype=object)
+    label_names, requested_labels = conditioner.names, cfg.labels
+    if requested_labels is None and len(label_names) == 1:
+        classes = np.array(next(iter(label_names.values())), dtype=object)
         requested_labels = evenly_spaced(classes, cfg.rows).tolist()
     if requested_labels is None:
         return Prompts(cond=(conditioner.null[None].to(device),))
     rows, titles = [], []
     for entry in requested_labels:
         row = conditioner.null.tolist()
-        for kind, value in _parse_label(entry, kinds):
-            row[list(kinds).index(kind)] = _class_index(kind, value, kinds[kind])
+        for label, value in _parse_label(entry, label_names):
+            row[list(label_names).index(label)] = _class_index(label, value, label_names[label])
         rows.append(row)
-        chosen = [(kind, kinds[kind][v]) for kind, v in zip(kinds, row) if v < len(kinds[kind])]
-        titles.append(", ".join(value if len(kinds) == 1 else f"{kind} {value}" for kind, value in chosen) or "any")
+        chosen = [(label, label_names[label][v]) for label, v in zip(label_names, row) if v < len(label_names[label])]
+        titles.append(", ".join(value if len(label_names) == 1 else f"{label} {value}" for label, value in chosen) or "any")
     return Prompts(titles, (torch.tensor(rows, device=device),))
 
 
-def _parse_label(entry, kinds: dict[str, list[str]]) -> list[tuple[str, object]]:
-    """An entry of sampling.labels -> (kind, value) pairs: 3 or "cat" if there is one kind of label, a mapping if more."""
+def _parse_label(entry, label_names: dict[str, list[str]]) -> list[tuple[str, object]]:
+    """An entry of sampling.labels -> (label, value) pairs. 3 or "cat": the value of the only label; a mapping: any."""
     if isinstance(entry, dict):
-        for kind in entry:
-            if kind not in kinds:
-                raise UserError(f"sampling.labels: {kind!r} is not a label of this model; its labels are {', '.join(kinds)}")
+        for label in entry:
+            if label not in label_names:
+                raise UserError(
+                    f"sampling.labels: {label!r} is not a label of this model; its labels are {', '.join(label_names)}"
+                )
         return list(entry.items())
-    if len(kinds) > 1:
+    if len(label_names) > 1:
         raise UserError(
-            f"sampling.labels: {entry!r} must name its kind of label, for example {{{next(iter(kinds))}: {entry}}}; "
-            f"the model has {', '.join(kinds)}"
+            f"sampling.labels: {entry!r} must name its label, for example {{{next(iter(label_names))}: {entry}}}; "
+            f"the model has {', '.join(label_names)}"
         )
-    return [(next(iter(kinds)), entry)]
+    return [(next(iter(label_names)), entry)]
 
 
-def _class_index(kind: str, value, classes: list[str]) -> int:
+def _class_index(label: str, value, classes: list[str]) -> int:
     value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value  # YAML reads yes and no as booleans
     if str(value) in classes:  # names before indices: a class may be named 10
         return classes.index(str(value))
@@ -100,4 +103,4 @@ def _class_index(kind: str, value, classes: list[str]) -> int:
         return value
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
     more = " …" if len(classes) > MAX_LISTED else ""
-    raise UserError(f"sampling.labels: {kind} has no value {value!r}; its values are {listed}{more}")
+    raise UserError(f"sampling.labels: {label} has no value {value!r}; its values are {listed}{more}")

@@ -378,7 +378,7 @@ def test_resuming_with_conditions_is_bitwise_exact(conditional, tmp_path, option
             ["sampling.labels=[{smell: 1}]"],
             "'smell' is not a label of this model; its labels are hair_color, glasses",
         ),
-        (CLASSES, ["sampling.labels=[red]"], "must name its kind of label, for example {hair_color: red}"),
+        (CLASSES, ["sampling.labels=[red]"], "must name its label, for example {hair_color: red}"),
         (CLASSES, ["sampling.prompts=[a man]"], "trained on labels, not on captions; use sampling.labels"),
         (WORDS, ["sampling.labels=[1]"], "trained on captions, not on labels; use sampling.prompts"),
         (

@@ -127,7 +127,7 @@ def test_one_number_of_groups(channels, groups):
     [
         (dict(bottleneck="transformer"), "bottleneck=transformer"),
         (dict(conditioning={"kind": "words", "vocabulary": ["a"], "width": 8}, cross_attn_resolutions=[8]), "condition=text"),
-        (dict(conditioning={"kind": "labels", "names": {"a": ["0"], "b": ["0"]}}), "one kind of label"),
+        (dict(conditioning={"kind": "labels", "names": {"a": ["0"], "b": ["0"]}}), "one label per image"),
         (dict(channels=[24, 48], head_channels=16, attn_resolutions=[8, 4]), "head_channels=16"),
     ],
 )

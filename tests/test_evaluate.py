@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.samplers import Row, recommend, sliced_wasserstein
+from evaluation.samplers import SamplerMetrics, recommend, sliced_wasserstein
 
 
 def test_sliced_wasserstein_of_shifted_latents():
@@ -18,7 +18,7 @@ def test_sliced_wasserstein_of_shifted_latents():
     assert 0.03 < sliced_wasserstein(a, other) < 0.2
 
 
-ANCESTRAL = Row("ancestral", 1000, 991, None, 0.99, 0.100, 100.0)
+ANCESTRAL = SamplerMetrics("ancestral", 1000, 991, None, 0.99, 0.100, 100.0)
 
 
 BEST = "ancestral with 991 evaluations"
@@ -26,13 +26,13 @@ BEST = "ancestral with 991 evaluations"
 
 @pytest.mark.parametrize("rows, expected", [
     (
-        [Row("ddim", 50, 50, 0.1, 0.98, 0.104, 5.0), Row("unipc", 20, 20, 0.1, 0.99, 0.103, 2.0)],
+        [SamplerMetrics("ddim", 50, 50, 0.1, 0.98, 0.104, 5.0), SamplerMetrics("unipc", 20, 20, 0.1, 0.99, 0.103, 2.0)],
         f"unipc, 20 steps: distance 3.0% above that of {BEST}, in 2.0% of its time",
     ),
-    ([Row("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0), Row("unipc", 50, 50, 0.1, 0.99, 0.103, 5.0)], "unipc, 50 steps"),
-    ([Row("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0)], "no std ratio is in 0.97"),
-    ([Row("heun", 1000, 1981, 0.1, 0.95, 0.101, 200.0)], f"no cheaper sampler is within 5% of {BEST}"),
-    ([Row("ddim", 20, 20, 0.1, 0.95, 0.2, 2.0)], f"no cheaper sampler is within 5% of {BEST}; the closest is ddim"),
+    ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0), SamplerMetrics("unipc", 50, 50, 0.1, 0.99, 0.103, 5.0)], "unipc, 50 steps"),
+    ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0)], "no std ratio is in 0.97"),
+    ([SamplerMetrics("heun", 1000, 1981, 0.1, 0.95, 0.101, 200.0)], f"no cheaper sampler is within 5% of {BEST}"),
+    ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.2, 2.0)], f"no cheaper sampler is within 5% of {BEST}; the closest is ddim"),
 ])  # fmt: skip
 def test_recommendation(rows, expected):
     assert expected in recommend([ANCESTRAL, *rows])

@@ -65,7 +65,7 @@ def test_class_conditional_export_has_components_and_a_card(experiment):
 
 @pytest.mark.parametrize("overrides, message", [
     (["diffusion.bottleneck=transformer"], "bottleneck=transformer"),
-    (["diffusion.condition=class"], "one kind of label"),
+    (["diffusion.condition=class"], "one label per image"),
     (["diffusion.schedule=flow", "diffusion.prediction=velocity"], "prediction=velocity"),
     (["diffusion.schedule=flow", "diffusion.prediction=v"], "schedule=flow"),
     (["vae.patch_size=2", "vae.channels=[8]"], "patch_size=2"),

@@ -84,9 +84,9 @@ def test_four_stages_write_all_files(trained, capsys):
 def test_metrics_of_both_training_stages(trained):
     lines = [json.loads(line) for line in (trained.run_dir / "cosine" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
-    last = [line for line in lines if "val/loss" in line][-1]
+    last = [line for line in lines if "val/unweighted_loss" in line][-1]
     bins = [last[f"val/loss_bin{b}"] for b in range(10)]
-    assert last["val/loss"] == pytest.approx(sum(bins) / 10) and last["images_seen"] == 48
+    assert last["val/unweighted_loss"] == pytest.approx(sum(bins) / 10) and last["images_seen"] == 48
     vae = [json.loads(line) for line in (trained.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()]
     assert {"val/psnr", "val/ssim", "val/nats_per_dim"} <= vae[-1].keys()
 

@@ -112,7 +112,7 @@ def plot_curves(folder: Path) -> Path | None:
     for axis, (panel, curves) in zip(axes.flat, series.items()):
         for split, points in curves.items():
             axis.plot(*zip(*points), label=split or None, marker="." if len(points) < 30 else None)
-        if panel in ("loss", "reconstruction"):
+        if panel in ("loss", "unweighted_loss", "reconstruction"):
             axis.set_yscale("log")
         axis.set_title(panel)
         axis.set_xlabel("step")

@@ -261,7 +261,7 @@ class Trainer:
         return 100 * min(done, 1.0)
 
     def _log_first_step(self, grad_norm: Tensor) -> None:
-        """The first step compiles and allocates, so it is excluded from the rate and from the time budget."""
+        """Exclude the first step, which compiles, from the images per second, and from max_minutes if it took over 5 seconds."""
         float(grad_norm)  # wait for the device
         seconds = time.monotonic() - self._started
         if seconds > 5:

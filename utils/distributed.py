@@ -1,8 +1,9 @@
 """Data parallelism with torchrun. With one process, these functions do nothing.
 
-All ranks draw the same random batch, each processes its shard, and gradients are summed. The result matches a single
-process up to rounding, except that dropout masks differ between ranks and the adaptive weight of the adversarial loss is
-computed per micro-batch. Only rank 0 decides, writes and prints. Control messages use gloo, CUDA gradients nccl.
+All ranks generate the same random numbers for the whole batch, each processes its shard, and gradients are summed. The
+result matches a single process up to rounding, except that dropout masks differ between ranks and the adaptive weight of the
+adversarial loss is computed per micro-batch. Only rank 0 decides, writes and prints. Control messages use gloo, CUDA
+gradients nccl.
 """
 
 import datetime
