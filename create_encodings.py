@@ -31,10 +31,12 @@ from models.vae import VAE
 from pipeline.stage_files import encodings_path, load_images_for, load_vae, note_if_unfinished, vae_path
 from utils import distributed
 from utils.checkpoints import fingerprint, load_tensors, save_tensors
+from utils.checksums import is_intact
 from utils.device import autocast, compile_networks, pick_device, pick_precision
 from utils.errors import UserError
 from utils.files import require_space
 from utils.images import to_float
+from utils.locks import lock_folder
 
 CHUNK = 8192  # images or captions per temporary file; an interruption repeats at most one chunk per process
 TOKENS_PER_CAPTION = 15  # for the estimate of disk space
@@ -47,7 +49,7 @@ def encode(config: Config, dry_run: bool) -> None:
     cfg, device = config.encodings, pick_device(config.device)
     dtype, path = pick_precision(config.precision, device), encodings_path(config)
     vae, metadata = load_vae(config, device)
-    images = load_images_for(config, metadata)
+    images = load_images_for(config, metadata, wait=False)
     note_if_unfinished(vae_path(config), metadata, "train_vae.py")
     rows = {split: images.rows(split) for split in (TRAIN, VAL)}
     captions = {split: [images.captions[i] for i in rows[split]] if images.captions is not None else None for split in rows}
@@ -87,6 +89,7 @@ def encode(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
 
+    lock_folder(config.run_dir)
     inputs = f"{result['vae_fingerprint']}{images.fingerprint}{cfg.dtype}{encoder and encoder.fingerprint}{texts}"
     scratch = chunk_folder(config, inputs)
     if config.compile is True:  # not for "auto": encoding ends before compilation pays off
@@ -96,7 +99,13 @@ def encode(config: Config, dry_run: bool) -> None:
 
     def encode_split(title: str, split: int, flip: bool = False) -> list[Path]:
         split_rows = torch.from_numpy(rows[split])
-        encode_chunk = make_latent_encoder(config, vae, loader, split_rows, flip, size)
+        encode_latents = make_latent_encoder(config, vae, loader, split_rows, flip, size)
+
+        def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
+            content = encode_latents(chunk, advance)
+            images.verified.result()  # a chunk of damaged pixels must not be written
+            return content
+
         return encode_in_chunks(scratch, title, "img", len(split_rows), encode_chunk)
 
     chunks = {"mean": encode_split("encoding", TRAIN), "val_mean": encode_split("encoding validation", VAL)}
@@ -132,12 +141,12 @@ def chunk_folder(config: Config, inputs: str) -> Path:
     if distributed.is_main():
         for other in config.run_dir.glob("encodings.chunks-*"):
             if other != folder:
-                shutil.rmtree(other)
+                shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
 def encode_in_chunks(folder: Path, title: str, unit: str, n: int, encode_chunk: EncodeChunk) -> list[Path]:
-    """Encode items 0 … n-1 into one file per chunk, shared among all processes. Existing chunks are kept.
+    """Encode items 0 … n-1 into one file per chunk, shared among all processes. Existing intact chunks are kept.
 
     Returns the files of all chunks in order. A chunk is written while the device encodes the next one.
     """
@@ -148,7 +157,7 @@ def encode_in_chunks(folder: Path, title: str, unit: str, n: int, encode_chunk: 
     pending = None
     with ThreadPoolExecutor(1) as writer, tqdm(total=sum(len(chunk) for chunk, _ in own), desc=title, unit=unit) as bar:
         for chunk, file in own:
-            if file.exists():
+            if is_intact(file):
                 bar.update(len(chunk))
                 continue
             content = encode_chunk(chunk, bar.update)

@@ -150,7 +150,7 @@ def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> boo
             return old_settings != settings or old_model != (model.checkpoint.fingerprint, model.spacing(config.sampling))
     except FileNotFoundError:
         return path.with_suffix("").exists()  # single images without a grid
-    except (OSError, AttributeError, KeyError, ValueError):
+    except Exception:  # in a damaged PNG: many error types
         return True  # not written by this script
 
 

@@ -40,6 +40,7 @@ from utils.device import (
 from utils.errors import UserError
 from utils.files import require_space
 from utils.images import image_grid
+from utils.locks import lock_folder
 from utils.pretrained import initialize, load_pretrained
 
 EVAL_LATENTS = 256  # validation latents per evaluation, each used once per timestep bin
@@ -65,6 +66,7 @@ def train(config: Config, dry_run: bool) -> None:
     if dry_run:
         return
 
+    lock_folder(folder)
     normalizer = encodings.normalizer.to(device)
     # Encodings of mirrored images follow the others: image i is row i, and its mirror image is row n + i. An epoch contains both.
     loader = BatchLoader([x for x in (encodings.mean, encodings.mean_flipped) if x is not None], device)

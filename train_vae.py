@@ -20,6 +20,7 @@ from dataset.image_cache import DatasetIndex, Images, index_dataset
 from dataset.loader import BatchLoader, Shuffle
 from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.vae import VAE, reconstruction_error
+from pipeline.stage_files import require_no_dependents
 from training.resume import require_same_run, run_identity
 from training.trainer import Trainer
 from utils.checkpoints import load_perceptual
@@ -36,6 +37,7 @@ from utils.device import (
 from utils.errors import UserError
 from utils.files import require_space
 from utils.images import comparison_grid, to_float, to_uint8
+from utils.locks import lock_folder
 from utils.pretrained import initialize, load_pretrained
 
 EVAL_IMAGES = 512  # validation images per evaluation
@@ -51,11 +53,13 @@ def train(config: Config, dry_run: bool) -> None:
     vae = build_vae(config).to(device, memory_format=torch.channels_last)
     require_space(folder, STATE_BYTES_PER_PARAM * num_params(vae))
     require_memory(device, TRAIN_BYTES_PER_PARAM * num_params(vae))
-    require_same_run(folder, run_identity(config, "vae"), cfg)
+    if not require_same_run(folder, run_identity(config, "vae"), cfg) and not cfg.retrain:
+        require_no_dependents(config)
     print_plan(config, vae, index, perceptual, f"on {device} in {str(dtype)[6:]}")
     if dry_run:
         return
 
+    lock_folder(folder)
     images = index.load()
     loader = BatchLoader([torch.from_numpy(images.pixels)], device)
     train_rows = torch.from_numpy(images.rows(TRAIN))
@@ -182,6 +186,7 @@ def make_trainer(config: Config, vae: VAE, discriminator: nn.Module | None, imag
         metadata=metadata,
         discriminator=discriminator,
         discriminator_lr=config.vae.adversarial.lr,
+        data_verified=images.verified,
     )
 
 

@@ -102,11 +102,11 @@ class LatentDataset:
         save_tensors(path, {"kind": "encodings", **content, **self.normalizer.state_dict("normalizer.")})
 
     @classmethod
-    def load(cls, path: Path) -> "LatentDataset":
-        if not path.is_file():
+    def load(cls, path: Path, verify: bool = True) -> "LatentDataset":
+        if not path.exists():
             raise UserError(f"{path} does not exist: run create_encodings.py first")
         remedy = "remove it and run create_encodings.py again"
-        content = load_tensors(path, remedy, mmap=True)
+        content = load_tensors(path, remedy, mmap=True, verify=verify)
         if content.pop("kind", None) != "encodings":
             raise UserError(f"{path} is not an encodings file: {remedy}")
         try:
@@ -118,5 +118,5 @@ class LatentDataset:
             if optional["text"] is not None:
                 optional["text"] = CaptionEmbeddings(**optional["text"])
             return cls(normalizer=normalizer, **{**fields, **optional})
-        except (KeyError, TypeError) as error:
+        except Exception as error:  # in a file of another version, keys, types and shapes may all be wrong
             raise UserError(f"{path} was written by another version ({error}): {remedy}") from None

@@ -1,11 +1,13 @@
 """Pixel cache: images are decoded once into a memory-mapped uint8 array."""
 
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -17,15 +19,19 @@ from config import Config
 from dataset import TRAIN, VAL, evenly_spaced
 from dataset.sources import SOURCES, Source
 from utils import distributed
+from utils.checksums import checksum, in_background
 from utils.errors import UserError
-from utils.files import require_space
+from utils.files import first_line, make_dir, remove_leftovers, require_space, write_atomically
+from utils.locks import locked
 
 MIN_TRAIN_IMAGES = 8
 MAX_DAMAGED_FRACTION = 0.01  # of unreadable images
 ABORT_AFTER_DAMAGED = 100  # unreadable images
-BLOCK_SIZE = 64  # images per read task
+BLOCK_SIZE = 64  # images per read task and per checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)
-CACHE_VERSION = 3  # increase when the format changes
+CACHE_VERSION = 4  # increase when the format changes
+CHECKSUMS = "checksums.json"  # written last
+TABLES = ("split.npy", "labels.npy", "meta.json")
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Images:
     label_names: dict[str, list[str]]
     captions: list[list[str]] | None  # at least one per image
     fingerprint: str  # of pixels and split
+    verified: Future  # result() waits until the pixels are verified; wait for it before keeping anything computed from them
 
     def rows(self, split: int, at_most: int | None = None) -> np.ndarray:
         """Return the indices of a split's images; evenly spaced ones, as files may be sorted by class."""
@@ -57,9 +64,13 @@ class DatasetIndex:
     def num_images(self, split: int) -> int:
         return int((self.split[self.selected] == split).sum())
 
+    @property
+    def image_bytes(self) -> int:
+        return self.image_size**2 * 3
+
     def load(self) -> Images:
         """Open the cache; rank 0 builds it first if it does not exist."""
-        if distributed.is_main() and not (self.cache_dir / "meta.json").is_file():
+        if distributed.is_main() and not (self.cache_dir / CHECKSUMS).exists():
             build_cache(self)
         distributed.barrier()
         return open_cache(self.cache_dir)
@@ -79,9 +90,20 @@ def index_dataset(config: Config) -> DatasetIndex:
         split_by_hash = split_by_name(source.names, cfg.val_fraction)
         split = split_by_hash if split is None else np.where(split == TRAIN, split_by_hash, split)
     key = json.dumps(
-        [cfg.source, cfg.image_size, cfg.crop, cfg.max_train_images, cfg.val_fraction, source.cache_key, CACHE_VERSION]
+        [
+            cfg.source,
+            cfg.image_size,
+            cfg.crop,
+            cfg.max_train_images,
+            cfg.val_fraction,
+            source.cache_key,
+            BLOCK_SIZE,
+            CACHE_VERSION,
+        ]
     )
-    cache_name = f"{cfg.source}{cfg.image_size}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    path = os.path.abspath(cfg.path) if cfg.path else cfg.source
+    digests = (hashlib.sha256(text.encode()).hexdigest() for text in (path, key))
+    cache_name = f"{cfg.source}{cfg.image_size}-{next(digests)[:8]}-{next(digests)[:12]}"
     index = DatasetIndex(
         source=source,
         split=split,
@@ -90,7 +112,9 @@ def index_dataset(config: Config) -> DatasetIndex:
         cache_dir=Path(config.runs_dir) / "cache" / cache_name,
     )
     if not index.cache_dir.exists():
-        require_space(index.cache_dir, int(1.1 * len(index.selected) * cfg.image_size**2 * 3))
+        partial = partial_dir(index.cache_dir) / "pixels.u8"
+        num_bytes = int(1.1 * len(index.selected) * index.image_bytes)
+        require_space(index.cache_dir, num_bytes - (partial.stat().st_size if partial.exists() else 0))
     if index.num_images(TRAIN) < MIN_TRAIN_IMAGES or index.num_images(VAL) < 1:
         raise UserError(
             f"data: too few images: at least {MIN_TRAIN_IMAGES} for training and 1 for validation are needed "
@@ -100,7 +124,10 @@ def index_dataset(config: Config) -> DatasetIndex:
 
 
 def load_images(config: Config) -> Images:
-    return index_dataset(config).load()
+    """Load the images of config.data and wait until they are verified."""
+    images = index_dataset(config).load()
+    images.verified.result()
+    return images
 
 
 def split_by_name(names: list[str], val_fraction: float) -> np.ndarray:
@@ -118,60 +145,152 @@ def select_images(split: np.ndarray, max_train_images: int | None) -> np.ndarray
 
 
 def build_cache(index: DatasetIndex) -> None:
-    """Decode the selected images in order into cache_dir/pixels.u8; skip and report damaged ones."""
-    source, split, selected, cache_dir = index.source, index.split, index.selected, index.cache_dir
-    temporary = cache_dir.with_name(f".{cache_dir.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    good, damaged, digest = [], [], hashlib.sha256()
-    try:
-        with (
-            open(temporary / "pixels.u8", "wb") as file,
-            ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow decodes without holding the GIL
-            tqdm(total=len(selected), desc="reading images", unit="img") as bar,
-        ):
-            for i, image in _read_in_order(source, selected, pool):
-                if isinstance(image, str):
-                    damaged.append(f"{source.names[i]}: {image}")
-                    if len(damaged) > max(ABORT_AFTER_DAMAGED, MAX_DAMAGED_FRACTION * len(selected)):
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        report_damaged(cache_dir, damaged, len(selected))  # raises
-                else:
-                    good.append(i)
-                    file.write(image.tobytes())
-                    digest.update(image.tobytes())
-                bar.update()
-            file.flush()
-            os.fsync(file.fileno())
-        report_damaged(cache_dir, damaged, len(selected))
-        labels = np.zeros((len(good), 0), dtype=np.int64) if source.labels is None else source.labels[good]
-        np.save(temporary / "split.npy", split[good])
-        np.save(temporary / "labels.npy", labels)
-        digest.update(split[good].tobytes())  # labels are left out: the VAE does not depend on them
-        meta = dict(
-            count=len(good),
-            size=index.image_size,
-            label_names=source.label_names,
-            names=[source.names[i] for i in good],
-            captions=[source.captions[i] for i in good] if source.captions is not None else None,
-            damaged=damaged,
-            fingerprint=digest.hexdigest()[:16],
-        )
-        (temporary / "meta.json").write_text(json.dumps(meta))
+    """Decode the selected images into cache_dir; skip and report damaged ones. Continues an interrupted build."""
+    cache_dir, partial = index.cache_dir, partial_dir(index.cache_dir)
+    lock = cache_dir.with_name(f".{cache_dir.name}.lock")
+    with locked(lock, f"waiting for another process that reads the images into {cache_dir}"):
+        if (cache_dir / CHECKSUMS).exists():
+            return
+        make_dir(partial)
+        note_other_caches(cache_dir)
+        try:
+            write_tables(index, partial, decode_blocks(index, partial))
+        except UserError:  # too many damaged images
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if cache_dir.is_file():
+            raise UserError(f"{cache_dir} is a file in the place of the image cache: remove it")
+        remove_leftovers(partial)
         shutil.rmtree(cache_dir, ignore_errors=True)
-        os.replace(temporary, cache_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(partial, cache_dir)
 
 
-def _read_in_order(source: Source, indices: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray | str]]:
-    """Yield (index, image or error message), reading PREFETCH_BLOCKS blocks ahead to bound memory."""
-    blocks = [indices[start : start + BLOCK_SIZE].tolist() for start in range(0, len(indices), BLOCK_SIZE)]
+def partial_dir(cache_dir: Path) -> Path:
+    """Folder of a cache that is being built. The journal describes the blocks that its pixel file holds so far."""
+    return cache_dir.with_name(f".{cache_dir.name}.partial")
+
+
+def note_other_caches(cache_dir: Path) -> None:
+    """Print the caches of the same source and data.path, which have other settings or were read before a file changed."""
+    same_path = cache_dir.name.rpartition("-")[0].rpartition("-")[2]
+    for other in sorted(cache_dir.parent.iterdir()):
+        if other.is_dir() and f"-{same_path}-" in other.name and other not in (cache_dir, partial_dir(cache_dir)):
+            num_bytes = sum(file.stat().st_size for file in other.iterdir())
+            print(
+                f"note: {other} ({num_bytes / 1e6:,.0f} MB) holds images of the same source with other settings or older files; "
+                f"if you do not need it: rm -r {other}"
+            )
+
+
+@dataclass
+class Block:
+    """An entry of the journal: the result of a read task."""
+
+    num_images: int  # readable ones
+    damaged: list[tuple[int, str]]  # index in the source, error message
+    checksum: str  # of the pixels
+
+    def line(self) -> str:
+        """JSON after its own checksum."""
+        text = json.dumps(vars(self))
+        return f"{checksum(text.encode())} {text}\n"
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Block | None":
+        """None for a damaged line."""
+        stored, _, text = line.partition(b" ")
+        return cls(**json.loads(text)) if stored == checksum(text).encode() else None
+
+
+def decode_blocks(index: DatasetIndex, folder: Path) -> list[Block]:
+    """Write folder/pixels.u8 and its journal, block by block and in order, after the blocks that are there already."""
+    source, selected = index.source, index.selected
+    indices = [selected[start : start + BLOCK_SIZE].tolist() for start in range(0, len(selected), BLOCK_SIZE)]
+    blocks = read_journal(folder, index.image_bytes)
+    todo = indices[len(blocks) :]
+    if blocks:
+        print(f"continuing the image cache after {sum(map(len, indices[: len(blocks)])):,} of {len(selected):,} images")
+    damaged = [entry for block in blocks for entry in block.damaged]
+    with (
+        open(folder / "pixels.u8", "ab") as file,
+        open(folder / "journal", "a") as journal,
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow decodes without holding the GIL
+        tqdm(total=len(selected), initial=len(selected) - sum(map(len, todo)), desc="reading images", unit="img") as bar,
+    ):
+        for block_indices, images in zip(todo, _read_in_order(source, todo, pool)):
+            errors = [(i, image) for i, image in zip(block_indices, images) if isinstance(image, str)]
+            content = b"".join(image.tobytes() for image in images if not isinstance(image, str))
+            block = Block(len(images) - len(errors), errors, checksum(content))
+            for target, data in ((file, content), (journal, block.line())):
+                target.write(data)
+                target.flush()
+            blocks.append(block)
+            damaged += errors
+            if len(damaged) > max(ABORT_AFTER_DAMAGED, MAX_DAMAGED_FRACTION * len(selected)):
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+            bar.update(len(images))
+        os.fsync(file.fileno())
+    report_damaged(index.cache_dir, [f"{source.names[i]}: {error}" for i, error in damaged], len(selected))
+    return blocks
+
+
+def _read_in_order(source: Source, blocks: list[list[int]], pool: ThreadPoolExecutor) -> Iterator[list[np.ndarray | str]]:
+    """Yield the images or error messages of each block, reading PREFETCH_BLOCKS ahead to bound memory."""
     pending = deque(pool.submit(source.read, block) for block in blocks[:PREFETCH_BLOCKS])
-    for n, block in enumerate(blocks):
+    for n in range(len(blocks)):
         images = pending.popleft().result()
         if n + PREFETCH_BLOCKS < len(blocks):
             pending.append(pool.submit(source.read, blocks[n + PREFETCH_BLOCKS]))
-        yield from zip(block, images)
+        yield images
+
+
+def read_journal(folder: Path, image_bytes: int) -> list[Block]:
+    """Return the blocks of an interrupted build, up to the first that pixels.u8 does not hold intact; cut both files there."""
+    blocks: list[Block] = []
+    pixels, journal = folder / "pixels.u8", folder / "journal"
+    if not (pixels.is_file() and journal.is_file()):
+        shutil.rmtree(folder)
+        make_dir(folder)
+        return blocks
+    with open(pixels, "rb+") as file:
+        for line in journal.read_bytes().splitlines():
+            block = Block.parse(line)
+            if block is None or checksum(file.read(block.num_images * image_bytes)) != block.checksum:
+                break
+            blocks.append(block)
+        file.truncate(sum(block.num_images for block in blocks) * image_bytes)
+    journal.write_text("".join(block.line() for block in blocks))
+    return blocks
+
+
+def write_tables(index: DatasetIndex, folder: Path, blocks: list[Block]) -> None:
+    """Write split, labels and metadata of the readable images, and the checksums of all files."""
+    source, damaged = index.source, {i for block in blocks for i, _ in block.damaged}
+    good = [i for i in index.selected.tolist() if i not in damaged]
+    split, labels = index.split[good], np.zeros((len(good), 0), dtype=np.int64)
+    checksums = {"pixels.u8": [(block.num_images, block.checksum) for block in blocks]}
+    meta = dict(
+        count=len(good),
+        size=index.image_size,
+        label_names=source.label_names,
+        names=[source.names[i] for i in good],
+        captions=[source.captions[i] for i in good] if source.captions is not None else None,
+        # Labels are left out: the VAE does not depend on them.
+        fingerprint=hashlib.sha256(json.dumps(checksums).encode() + split.tobytes()).hexdigest()[:16],
+    )
+    labels = labels if source.labels is None else source.labels[good]
+    for name, content in zip(TABLES, (_npy(split), _npy(labels), json.dumps(meta).encode())):
+        checksums[name] = checksum(content)
+        write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
+    write_atomically(folder / CHECKSUMS, lambda temporary: temporary.write_text(json.dumps(checksums)))
+    (folder / "journal").unlink()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def report_damaged(cache_dir: Path, damaged: list[str], total: int) -> None:
@@ -187,14 +306,19 @@ def report_damaged(cache_dir: Path, damaged: list[str], total: int) -> None:
 
 
 def open_cache(cache_dir: Path) -> Images:
+    """Open a cache and verify it: the pixels in the background, everything else at once."""
     try:
-        meta = json.loads((cache_dir / "meta.json").read_text())
+        checksums = json.loads((cache_dir / CHECKSUMS).read_bytes())
+        split, labels, meta = (_read_verified(cache_dir / name, checksums[name]) for name in TABLES)
+        split, labels, meta = np.load(io.BytesIO(split)), np.load(io.BytesIO(labels)), json.loads(meta)
         shape = (meta["count"], meta["size"], meta["size"], 3)
+        path, blocks = cache_dir / "pixels.u8", [Block(n, [], digest) for n, digest in checksums["pixels.u8"]]
+        if path.stat().st_size != math.prod(shape) or sum(block.num_images for block in blocks) != meta["count"]:
+            raise ValueError("pixels.u8 has the wrong size")
         # Mode "c" (copy on write): torch warns when it wraps read-only memory.
-        pixels = np.memmap(cache_dir / "pixels.u8", dtype=np.uint8, mode="c", shape=shape)
-        split, labels = np.load(cache_dir / "split.npy"), np.load(cache_dir / "labels.npy")
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"the image cache {cache_dir} is damaged: remove it and run the same command again") from None
+        pixels = np.memmap(path, dtype=np.uint8, mode="c", shape=shape)
+    except Exception as error:  # any content is possible: many error types
+        raise _damaged(cache_dir, error) from None
     return Images(
         pixels=pixels,
         split=split,
@@ -202,4 +326,31 @@ def open_cache(cache_dir: Path) -> Images:
         label_names=meta["label_names"],
         captions=meta["captions"],
         fingerprint=meta["fingerprint"],
+        verified=in_background(lambda: verify_pixels(cache_dir, blocks, math.prod(shape[1:]))),
     )
+
+
+def _damaged(cache_dir: Path, error: Exception) -> UserError:
+    return UserError(
+        f"the image cache {cache_dir} is damaged ({first_line(error)}): remove it and run the same command again"
+    )
+
+
+def _read_verified(path: Path, expected: str) -> bytes:
+    content = path.read_bytes()
+    if checksum(content) != expected:
+        raise ValueError(f"the checksum of {path.name} does not match")
+    return content
+
+
+def verify_pixels(cache_dir: Path, blocks: list[Block], image_bytes: int) -> None:
+    """Compare every block with its checksum."""
+    first = 0
+    try:
+        with open(cache_dir / "pixels.u8", "rb") as file:
+            for block in blocks:
+                if checksum(file.read(block.num_images * image_bytes)) != block.checksum:
+                    raise ValueError(f"the checksum of images {first} to {first + block.num_images - 1} does not match")
+                first += block.num_images
+    except Exception as error:  # read errors of the disk; wrong types in checksums.json
+        raise _damaged(cache_dir, error) from None

@@ -23,6 +23,7 @@ from pipeline.latent_diffusion import LatentDiffusion
 from pipeline.stage_files import load_encodings, load_images_for
 from utils.checkpoints import load_tensors, save_tensors
 from utils.device import pick_device, pick_precision
+from utils.errors import UserError
 from utils.images import image_grid, save_png
 
 NEAREST_IMAGES = 12  # generated images in nearest_grid()
@@ -109,8 +110,13 @@ def training_features(
     key = f"{images.fingerprint} {features.name} {digest} {len(rows)} {images.pixels.shape}{' mirrored' if mirrored else ''}"
     path = Path(config.runs_dir) / "cache" / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.exists():
-        save_tensors(path, {"features": features(images.pixels, config.evaluation.batch_size, rows, mirrored)})
-    return load_tensors(path, f"remove {path}")["features"]
+        values = features(images.pixels, config.evaluation.batch_size, rows, mirrored)
+        save_tensors(path, {"key": key, "features": values})
+    remedy = "remove it and run the same command again"
+    content = load_tensors(path, remedy)
+    if content.get("key") != key:
+        raise UserError(f"{path} does not hold the features of these images: {remedy}")
+    return content["features"]
 
 
 METRICS_HEADER = ("images", "N", "Fréchet distance", "KID · 1000", "precision", "recall")

@@ -20,7 +20,7 @@ def print_plan(config: Config, summary: str, device: torch.device, dtype: torch.
 def write_report(config: Config, name: str, device: torch.device, origin: str, text: str) -> None:
     """Print a report and write it to results/<name>.md. A report of another command or other weights is kept."""
     path, source = Path(config.results_dir) / f"{name}.md", f"`{cli.command}`, {origin}"
-    if path.exists() and source not in path.read_text(encoding="utf-8"):
+    if path.exists() and source not in path.read_text(encoding="utf-8", errors="replace"):
         keep_old_version(path.parent, name, (".md", ".png", "_nearest.png"))
     report = f"{text}\n\n{source}, on {hardware_name(device)}, commit {cli.commit()}.\n"
     write_atomically(path, lambda temporary: temporary.write_text(report, encoding="utf-8"))

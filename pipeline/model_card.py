@@ -83,4 +83,4 @@ def report_sections(config: Config) -> list[str]:
     """The evaluation reports of this model, with their headings one level lower."""
     names = (f"{config.name}_{config.diffusion_name}_*_generation.md", f"{config.name}_reconstruction.md")
     files = [file for name in names for file in sorted(Path(config.results_dir).glob(name))]
-    return ["#" + file.read_text(encoding="utf-8").strip() for file in files]
+    return ["#" + file.read_text(encoding="utf-8", errors="replace").strip() for file in files]

@@ -1,14 +1,15 @@
 """Outputs of earlier stages: where they are, how to load them, and checks that they belong together."""
 
+import contextlib
 from pathlib import Path
 
 import torch
 
 from config import Config
 from dataset.encodings import LatentDataset
-from dataset.image_cache import Images, load_images
+from dataset.image_cache import Images, index_dataset
 from models.vae import VAE
-from utils.checkpoints import fingerprint, load_network
+from utils.checkpoints import fingerprint, load_network, load_weights, read_metadata
 from utils.errors import UserError
 
 
@@ -42,21 +43,48 @@ def load_encodings(vae: VAE, config: Config) -> LatentDataset:
     return encodings
 
 
-def load_images_for(config: Config, vae_metadata: dict) -> Images:
-    """The images that the VAE was trained on. Refuses others: their validation split may contain its training images."""
-    images = load_images(config)
+def load_images_for(config: Config, vae_metadata: dict, wait: bool = True) -> Images:
+    """The images that the VAE was trained on. Refuses others: their validation split may contain its training images.
+
+    wait: until their pixels are verified
+    """
+    images = index_dataset(config).load()
     if vae_metadata["data_fingerprint"] != images.fingerprint:
         raise UserError(
             f"{vae_path(config)} was trained on other images ({vae_metadata['data_fingerprint']}) than the data.* settings "
             f"select now ({images.fingerprint}): restore data.*, or choose another name and run train_vae.py"
         )
+    if wait:
+        images.verified.result()
     return images
+
+
+def require_no_dependents(config: Config) -> None:
+    """Refuse to change a VAE with which the encodings or a U-Net of this experiment were made."""
+    try:
+        vae_fingerprint = fingerprint(load_weights(vae_path(config), "vae", "")[0])
+    except UserError:  # missing or damaged: nothing can use it
+        return
+    dependents = []
+    with contextlib.suppress(UserError):
+        if LatentDataset.load(encodings_path(config), verify=False).vae_fingerprint == vae_fingerprint:
+            dependents.append(encodings_path(config))
+    for path in sorted(config.run_dir.glob("*/unet.safetensors")):
+        metadata = read_metadata(path, "unet")
+        if metadata and metadata.get("vae_fingerprint") == vae_fingerprint:
+            dependents.append(path)
+    if dependents:
+        raise UserError(
+            f"training would change {vae_path(config)}, with which {', '.join(map(str, dependents))} were made: choose another "
+            f"name, or set vae.retrain=true and then run the later stages again"
+        )
 
 
 def check_encodings_match(config: Config, unet_metadata: dict) -> None:
     """Refuse a U-Net that was trained on other encodings than the current encodings.pt, if that exists."""
     path = encodings_path(config)
-    if path.exists() and LatentDataset.load(path).fingerprint != unet_metadata["encodings_fingerprint"]:
+    # Only the fingerprint is used: verifying all latents would take longer than loading the U-Net.
+    if path.exists() and LatentDataset.load(path, verify=False).fingerprint != unet_metadata["encodings_fingerprint"]:
         raise UserError(
             f"{unet_path(config)} was trained on other encodings than {path}: run train_diffusion.py with a new diffusion.name, "
             f"or run create_encodings.py with the original settings"

@@ -16,6 +16,7 @@ from dataset.encodings import LatentDataset
 from dataset.files import crop_and_resize, decode_image
 from dataset.image_cache import load_images, split_by_name
 from dataset.loader import BatchLoader, Shuffle
+from utils.checkpoints import save_tensors
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.settings import load_config
@@ -194,7 +195,7 @@ def test_damaged_cache_is_an_error_with_remedy(tmp_path, image_folder):
     load_images(config)
     pixels = next((tmp_path / "runs").rglob("pixels.u8"))
     pixels.write_bytes(pixels.read_bytes()[:100])
-    with pytest.raises(UserError, match="cache .* is damaged: remove it"):
+    with pytest.raises(UserError, match="cache .* is damaged .*: remove it"):
         load_images(config)
 
 
@@ -388,7 +389,7 @@ def test_encodings_file(tmp_path, trained):
     torch.testing.assert_close(dataset.normalizer.denormalize(z), dataset.mean.float(), rtol=1e-3, atol=1e-3)
     assert len(dataset.captions) == 48 and len(dataset.labels) == 48
     (tmp_path / "truncated.pt").write_bytes(path.read_bytes()[:2000])
-    torch.save({"mean": 1}, tmp_path / "other.pt")
+    save_tensors(tmp_path / "other.pt", {"mean": 1})
     with pytest.raises(UserError, match="damaged"):
         LatentDataset.load(tmp_path / "truncated.pt")
     with pytest.raises(UserError, match="is not an encodings file"):

@@ -30,6 +30,7 @@ from training import trainer as trainer_module
 from training.trainer import Trainer
 from utils import device, files
 from utils.checkpoints import load_weights, save_weights
+from utils.checksums import checksum
 from utils.errors import Stopped
 from utils.settings import load_config
 
@@ -108,6 +109,8 @@ def test_changed_labels_need_new_encodings_but_no_new_vae(trained, tmp_path):
     experiment = copy_of(trained, tmp_path)
     (path,) = experiment.folder.glob("runs/cache/*/labels.npy")
     np.save(path, 1 - np.load(path).clip(0, 1))
+    checksums = json.loads((path.parent / "checksums.json").read_text())
+    (path.parent / "checksums.json").write_text(json.dumps(checksums | {path.name: checksum(path.read_bytes())}))
     assert experiment.run("create_encodings") == 0
     encodings = LatentDataset.load(experiment.run_dir / "encodings.pt")
     assert torch.equal(torch.cat([encodings.labels, encodings.val_labels]), torch.from_numpy(np.load(path)))
@@ -237,7 +240,7 @@ def test_a_signal_saves_and_the_same_command_resumes(experiment, trained, capsys
     assert experiment.run("create_encodings") == 0
     assert "is from step 3 of 6; run train_vae.py again to finish training" in capsys.readouterr().out
     monkeypatch.undo()
-    assert experiment.run("train_vae") == 0
+    assert experiment.run("train_vae", "vae.retrain=true") == 0
     assert "after 6 steps" in capsys.readouterr().out
     uninterrupted, resumed = (load_file(e.run_dir / "vae" / "vae.safetensors") for e in (trained, experiment))
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
@@ -446,7 +449,7 @@ def test_stages_out_of_order(experiment, trained, tmp_path, capsys):
 
 def test_encodings_of_another_vae(trained, tmp_path, capsys):
     experiment = copy_of(trained, tmp_path)
-    assert experiment.run("train_vae", "vae.steps=8") == 0  # more steps: another VAE
+    assert experiment.run("train_vae", "vae.steps=8", "vae.retrain=true") == 0  # more steps: another VAE
     assert "was made with another VAE" in error_line(experiment, capsys, "train_diffusion")
     assert "was trained with another VAE" in error_line(experiment, capsys, "infer")
     assert experiment.run("create_encodings") == 0
@@ -475,7 +478,7 @@ def test_resuming_with_other_settings(trained, tmp_path, capsys):
     for stage in ("train_vae", "train_diffusion"):  # before any image is read
         section = {"train_vae": "vae", "train_diffusion": "diffusion"}[stage]
         assert f"{section}.lr was" in error_line(experiment, capsys, stage, f"{section}.lr=1e-3", "--dry-run")
-        assert experiment.run(stage, f"{section}.steps=9", "--dry-run") == 0
+        assert experiment.run(stage, f"{section}.steps=9", "vae.retrain=true", "--dry-run") == 0
     assert not (experiment.run_dir.parent / "cache").exists()
 
 
@@ -510,7 +513,7 @@ def test_foreign_weights(trained, tmp_path, capsys):
     experiment = copy_of(trained, tmp_path)
     path = experiment.run_dir / "vae" / "vae.safetensors"
     save_file({"x": torch.zeros(2)}, path)
-    assert "is not a vae weights file" in error_line(experiment, capsys, "create_encodings")
+    assert "not made by this project (it has no checksum)" in error_line(experiment, capsys, "create_encodings")
     shutil.copy(experiment.run_dir / "cosine" / "unet.safetensors", path)
     assert "is not a vae weights file" in error_line(experiment, capsys, "infer")
 

@@ -1,6 +1,5 @@
 """Training logs: metrics.jsonl, TensorBoard, Weights & Biases, and the plot of a run's curves."""
 
-import contextlib
 import importlib.util
 import json
 import secrets
@@ -10,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import LoggingConfig
+from utils.errors import UserError
 from utils.files import make_dir, raise_no_space, write_atomically
 
 NOT_PLOTTED = ("step", "images_seen", "minutes", "seconds_to_first_step")
@@ -21,8 +21,11 @@ class Logger:
     def __init__(self, folder: Path, identity: dict, cfg: LoggingConfig, step: int):
         make_dir(folder)
         self.path = folder / "metrics.jsonl"
-        self._drop_lines_after(step)
-        self.file = open(self.path, "a", encoding="utf-8")
+        try:
+            self._drop_lines_after(step)
+            self.file = open(self.path, "a", encoding="utf-8")
+        except (IsADirectoryError, PermissionError) as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}): remove it") from None
         self.tensorboard = self.wandb = None
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -46,7 +49,7 @@ class Logger:
     def _drop_lines_after(self, step: int) -> None:
         """Remove lines that a killed run logged after its last save: those steps will be repeated."""
         if self.path.exists():
-            lines = self.path.read_text().splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
             if len(kept) < len(lines):
                 write_atomically(self.path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
@@ -80,10 +83,11 @@ class Logger:
 
 
 def _step_of(line: str) -> int | None:
+    """None for a line that was truncated when the process was killed, or is damaged."""
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None  # truncated when the process was killed
+        return None
 
 
 def plot_curves(folder: Path) -> Path | None:
@@ -94,14 +98,11 @@ def plot_curves(folder: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # truncated by a full disk
-            lines.append(json.loads(line))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     series: dict[str, dict[str, list]] = {}  # panel -> "train" | "val" | "" -> [(step, value), …]
-    for line in lines:
+    for line in (json.loads(line) for line in lines if _step_of(line) is not None):
         for name, value in line.items():
-            if name not in NOT_PLOTTED:
+            if name not in NOT_PLOTTED and isinstance(value, (int, float)):
                 split, _, panel = name.rpartition("/")
                 series.setdefault(panel, {}).setdefault(split, []).append((line["step"], value))
     if not series:

@@ -22,6 +22,7 @@ MAY_CHANGE_ON_RESUME = (
     "snapshot_every",
     "sample_images",
     "name",
+    "retrain",
     "weights",  # path of the perceptual network
     "model",  # path of the text encoder; its fingerprint is compared instead
 )
@@ -47,14 +48,19 @@ def reject_foreign_checkpoint(path: Path):
         ) from None
 
 
-def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: dict | None = None) -> None:
+def is_finished(cfg: TrainingConfig, step: int, minutes: float) -> bool:
+    return step >= cfg.steps or (cfg.max_minutes is not None and minutes >= cfg.max_minutes)
+
+
+def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: dict | None = None) -> bool:
     """Refuse a folder whose state.pt belongs to a run with another identity.
 
-    Without `state` only the keys of `identity` are compared, so that settings can be checked before any work is done.
+    Without `state` only the keys of `identity` are compared, so that settings can be checked before any work is done. Returns
+    whether the run is finished.
     """
     path, settings_only = folder / "state.pt", state is None
     if settings_only and not path.exists():
-        return
+        return False
     state = load_tensors(path, how_to_restart(path), mmap=True) if settings_only else state
     with reject_foreign_checkpoint(path):
         old, new = json.loads(state["identity"]), json.loads(json.dumps(identity))
@@ -62,11 +68,13 @@ def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: d
             # Settings added after the checkpoint was written had their default value.
             old[section] = {**type(cfg)().model_dump(), **old[section]}
         changes = _differences({k: v for k, v in old.items() if k in new or not settings_only}, new)
+        finished = is_finished(cfg, state["step"], state["minutes"])
     if changes:
         raise UserError(
             f"{folder} contains a run with other settings ({'; '.join(changes)}): choose another name, "
             f"restore the settings, or remove {folder}"
         )
+    return finished
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -16,7 +17,7 @@ from config import LoggingConfig, TrainingConfig
 from training.logger import Logger, plot_curves
 from training.metrics import MetricAverager
 from training.optim import EMA, learning_rate
-from training.resume import how_to_restart, reject_foreign_checkpoint, require_same_run
+from training.resume import how_to_restart, is_finished, reject_foreign_checkpoint, require_same_run
 from utils import distributed
 from utils.checkpoints import load_tensors, load_weights, save_tensors, save_weights
 from utils.device import hardware_name, is_out_of_memory
@@ -39,6 +40,7 @@ class Trainer:
     identity       settings and data fingerprints; a folder that holds another run is refused
     weights_name   file for inference: EMA weights, `extra` tensors, and `metadata` with the training progress
     discriminator  trained alongside with a constant learning rate; saved in state.pt only
+    data_verified  background check of the training data: its error ends training, and nothing is saved before it is done
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Trainer:
         extra: dict[str, Tensor] | None = None,
         discriminator: nn.Module | None = None,
         discriminator_lr: float = 0.0,
+        data_verified: Future | None = None,
     ):
         self.folder, self.net, self.cfg, self.identity, self.seed = folder, net, cfg, identity, seed
         self.weights_path, self.metadata, self.extra = folder / weights_name, metadata, extra or {}
@@ -68,6 +71,7 @@ class Trainer:
         self.micro_batch = len(shard) if cfg.micro_batch == "auto" else min(cfg.micro_batch, len(shard))
         self.ema = EMA(net, cfg.ema_decay)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        self.data_verified = data_verified
         self.discriminator = discriminator
         if discriminator is not None:
             self.discriminator_optimizer = torch.optim.AdamW(
@@ -104,6 +108,7 @@ class Trainer:
         Raises Stopped after SIGINT or SIGTERM, with the state saved.
         """
         if self.cfg.steps == 0:
+            self._raise_if_data_damaged(wait=True)
             return
         if self.should_stop:
             print(f"{self.folder}: already trained, {self.steps_done:,} steps in {self.minutes:.1f} minutes")
@@ -112,6 +117,7 @@ class Trainer:
             # The randomness of a step is a function of (seed, step), so there is no generator state to save.
             torch.manual_seed((self.seed * 1_000_003 + self.steps_done) % 2**63)
             yield self.steps_done
+            self._raise_if_data_damaged()
             if self._save_due():
                 self.save()
         if not self.finished:
@@ -152,10 +158,7 @@ class Trainer:
         """Decide once per step whether to stop. Rank 0 decides, by its clock and the signals it received."""
         self._minutes_synced, stopped_by = distributed.broadcast([self.minutes, self._signal or 0])
         self._stopped_by = int(stopped_by) or None
-        max_minutes = self.cfg.max_minutes
-        self.finished = self.steps_done >= self.cfg.steps or (
-            max_minutes is not None and self._minutes_synced >= max_minutes
-        )
+        self.finished = is_finished(self.cfg, self.steps_done, self._minutes_synced)
         self.should_stop = self.finished or self._stopped_by is not None
 
     def _on_signal(self, number: int, _frame) -> None:
@@ -252,6 +255,10 @@ class Trainer:
             f"Use a smaller lr, or precision=float32"
         )
 
+    def _raise_if_data_damaged(self, wait: bool = False) -> None:
+        if self.data_verified is not None and (wait or self.data_verified.done()):
+            self.data_verified.result()
+
     # Logging
 
     def _percent_done(self) -> float:
@@ -333,6 +340,7 @@ class Trainer:
         If the disk is full, the files of the last save stay and training continues; only the final save raises.
         """
         self._raise_if_diverged()
+        self._raise_if_data_damaged(wait=True)
         state = dict(
             kind="state", identity=json.dumps(self.identity), step=self.steps_done, minutes=self.minutes,
             micro_batch_that_fit=[*self._hardware_key(), self.micro_batch],
@@ -351,6 +359,7 @@ class Trainer:
     def save_snapshot(self) -> None:
         """Keep the current weights in snapshots/. Raises Diverged instead of saving non-finite weights."""
         self._raise_if_diverged()
+        self._raise_if_data_damaged(wait=True)
         with warn_if_disk_full("a snapshot"):
             self._save_weights(self.folder / "snapshots" / f"step_{self.steps_done:07d}.safetensors")
         self._restart_rate()

@@ -1,4 +1,4 @@
-"""Weights files (safetensors, with metadata) and tensor files (.pt without pickled objects)."""
+"""Weights files (safetensors, with metadata) and tensor files (.pt without pickled objects), both with a checksum."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from config import PerceptualConfig
 from models.perceptual import find_weights, make_perceptual
+from utils import checksums
 from utils.errors import UserError
 from utils.files import first_line, write_atomically
 
@@ -45,22 +46,39 @@ REQUIRED_METADATA = {
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"nanoldm": json.dumps(metadata)}))
+    texts = {"nanoldm": json.dumps(metadata), checksums.KEY: checksums.UNSET}
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata=texts)
+        checksums.add_checksum(temporary)
+
+    write_atomically(path, write)
+
+
+def read_metadata(path: Path, kind: str) -> dict | None:
+    """Metadata of a weights file of this kind, not verified; None for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("nanoldm", "null"))
+    except Exception:  # many error types
+        return None
+    return metadata if isinstance(metadata, dict) and metadata.get("kind") == kind else None
 
 
 def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor], dict]:
     """Return tensors and metadata. kind: vae or unet; made_by: script to name in errors."""
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} does not exist: run {made_by} first")
     try:
+        checksums.verify(path)
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("nanoldm", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # many error types
         raise UserError(
-            f"{path} is damaged or not a safetensors file ({first_line(error)}): remove it and run {made_by} again"
+            f"{path} is damaged or not made by this project ({first_line(error)}): remove it and run {made_by} again"
         ) from None
-    if not isinstance(metadata, dict) or metadata.get("kind") != kind or not REQUIRED_METADATA[kind] <= metadata.keys():
+    metadata = read_metadata(path, kind)
+    if metadata is None or not REQUIRED_METADATA[kind] <= metadata.keys():
         raise UserError(f"{path} is not a {kind} weights file of this version: remove it and run {made_by}")
     return tensors, metadata
 
@@ -86,12 +104,18 @@ def load_network(
 
 
 def save_tensors(path: Path, content: dict) -> None:
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    def write(temporary: Path) -> None:
+        torch.save(content, temporary)
+        checksums.add_checksum(temporary)
+
+    write_atomically(path, write)
 
 
-def load_tensors(path: Path, remedy: str, mmap: bool = False) -> dict:
+def load_tensors(path: Path, remedy: str, mmap: bool = False, verify: bool = True) -> dict:
     """Read a .pt dictionary without executing code in it. `remedy` ends error messages."""
     try:
+        if verify:
+            checksums.verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # many error types
         raise UserError(f"{path} is damaged or not made by this project ({first_line(error)}): {remedy}") from None

@@ -85,12 +85,14 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         print(help_text(doc))
         return 0
 
-    from utils import distributed
+    from utils import distributed, locks
 
     try:
         config, dry_run = parse(argv)
         distributed.init()
         commit()  # cached: the checkout may change later
+        if IS_MAIN and not dry_run:
+            clean_up(config)
         with contextlib.nullcontext() if IS_MAIN else contextlib.redirect_stdout(open(os.devnull, "w")):
             work(config, dry_run)
         distributed.cleanup()
@@ -100,6 +102,8 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         if message is None and distributed.world_size() == 1:
             raise
         message = message or f"error: {traceback.format_exc()}"
+    finally:
+        locks.release_all()
     if IS_MAIN:
         print(message, file=sys.stderr)
     elif message.startswith("error: "):
@@ -111,6 +115,16 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def clean_up(config: Config) -> None:
+    """Remove temporary files that killed processes have left."""
+    from utils.files import remove_leftovers
+
+    remove_leftovers(config.run_dir, "**/*")
+    remove_leftovers(Path(config.runs_dir) / "cache")
+    remove_leftovers(Path(config.results_dir))
+    remove_leftovers(Path(config.results_dir), "*/*")
 
 
 def exit_message(error: BaseException) -> tuple[str | None, int]:

@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = datetime.timedelta(hours=2)  # ranks wait while rank 0 reads images or evaluates
+TIMEOUT = datetime.timedelta(hours=2)  # ranks wait while rank 0 evaluates
+BARRIER_TIMEOUT = datetime.timedelta(days=7)  # ranks wait while rank 0 downloads and decodes a dataset
+
+_barrier_group = None
 
 
 def rank() -> int:
@@ -31,7 +34,9 @@ def is_main() -> bool:
 
 def init() -> None:
     if world_size() > 1 and not dist.is_initialized():
+        global _barrier_group
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        _barrier_group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
 
 
 def cleanup() -> None:
@@ -42,7 +47,7 @@ def cleanup() -> None:
 def barrier() -> None:
     """Block until all ranks have arrived."""
     if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))  # a broadcast would not wait for all ranks
+        dist.all_reduce(torch.zeros(1), group=_barrier_group)  # a broadcast would not wait for all ranks
 
 
 def broadcast(numbers: list[float]) -> list[float]:

@@ -2,7 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
 from itertools import count
 from pathlib import Path
@@ -10,7 +13,10 @@ from typing import Any, Callable
 
 from utils.errors import UserError
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# torch and safetensors raise errors without errno. "unexpected pos": torch wrote less than it should.
+DISK_FULL_TEXTS = ("unexpected pos", *(f"os error {number}" for number in DISK_FULL_ERRNOS))
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")  # names of temporary files
 
 
 class NoSpaceError(OSError):
@@ -22,8 +28,9 @@ def raise_no_space(path: Path):
     """Convert any error caused by a full disk to NoSpaceError."""
     try:
         yield
-    except Exception as error:  # torch and safetensors raise errors without errno
+    except Exception as error:
         full = isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
+        full = full or any(text in str(error) for text in DISK_FULL_TEXTS)
         if full or (path.parent.exists() and shutil.disk_usage(path.parent).free < 1_000_000):
             raise NoSpaceError(errno.ENOSPC, "no space left on device", str(path)) from error
         raise
@@ -43,15 +50,28 @@ def warn_if_disk_full(what: str):
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary) and rename the file to `path`, which an error leaves unchanged."""
     make_dir(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written because it is a folder: remove it")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with raise_no_space(path):
+        with raise_no_space(path), open(temporary, "wb") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed: see remove_leftovers()
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str = "*") -> None:
+    """Remove the temporary files that killed processes left in a folder. A file that is being written is locked."""
+    for path in folder.glob(pattern):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def keep_old_version(folder: Path, name: str, suffixes: tuple[str, ...]) -> None:
