@@ -202,13 +202,15 @@ def test_interrupted_encoding_resumes(trained, tmp_path, monkeypatch):
 BARRIER = """
 import os, sys, time
 sys.path.insert(0, {root!r})
+import datetime
 from utils import distributed
+distributed.TIMEOUT = datetime.timedelta(seconds=2)
 os.environ.update(WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
 rank = next((r for r in (1, 2, 3) if os.fork() == 0), 0)
 os.environ["RANK"] = str(rank)
 distributed.init()
 if rank == 3:
-    time.sleep(1)
+    time.sleep(3)
     open({file!r}, "w").close()
 distributed.barrier()
 file_exists = os.path.exists({file!r})
@@ -219,7 +221,7 @@ if rank == 0:
 
 
 def test_barrier_waits_for_all_processes(tmp_path):
-    """Rank 0 waits for a late rank 3, not only for its neighbors in a communication tree."""
+    """Rank 0 waits for a late rank 3, not only for its neighbors in a communication tree, and longer than TIMEOUT."""
     code = BARRIER.format(root=str(ROOT), port=free_port(), file=str(tmp_path / "file"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "exists", done.stderr[-2000:]
