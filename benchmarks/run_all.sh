@@ -12,3 +12,4 @@ python benchmarks/loader.py
 python benchmarks/memory.py configs/celeba64.yaml diffusion.batch_size=256
 python benchmarks/memory.py configs/faces512.yaml
 python benchmarks/pixel_space.py configs/faces512.yaml 4 128 256
+python benchmarks/faults.py 5
