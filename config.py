@@ -58,7 +58,7 @@ class DataConfig(Section):
         "column with class labels; default: huggingface: all of type ClassLabel; folder: all further columns of the metadata "
         "files with few different values",
     )
-    caption_column: Optional[str] = setting(None, "column with captions; default: text, caption, captions or prompt, if any")
+    caption_column: Optional[str] = setting(None, "column with captions; default: captions, caption, text or prompt, if any")
     value_range: Optional[Annotated[list[float], Field(min_length=2, max_length=2)]] = setting(
         None,
         "[black, white]: values of 16-bit, 32-bit and float images that become black and white; default: [0, 65535] for "
@@ -393,6 +393,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "Config":
+        if self.data.value_range and self.data.value_range[0] == self.data.value_range[1]:
+            raise ValueError(f"data.value_range must be two different values (got {self.data.value_range})")
         net, image_size = self.vae.perceptual.net, self.data.image_size
         if image_size < MIN_PERCEPTUAL_SIZES.get(net, 0):
             raise ValueError(

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from config import DataConfig
-from dataset import TEST, TRAIN, VAL
-from dataset.captions import SPLITS
+from dataset import SPLITS, TEST, TRAIN, VAL
 from dataset.files import crop_and_resize, decode_image
+from dataset.metadata import CAPTION_COLUMNS
 from utils.errors import UserError
 from utils.files import first_line
 
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -63,9 +62,8 @@ def split_codes(splits: dict, cfg: DataConfig) -> dict[str, int]:
     codes = {name: SPLITS[name.lower()] for name in splits if name.lower() in SPLITS}
     if TRAIN not in codes.values():
         raise UserError(f"data.split: {cfg.path} has no training split; choose one of {', '.join(splits)}")
-    for name, code in codes.items():
-        if name.lower().startswith("test") and any(other != name and codes[other] == VAL for other in codes):
-            codes[name] = TEST
+    if VAL not in codes.values():
+        codes = {name: VAL if code == TEST else code for name, code in codes.items()}
     for name in splits.keys() - codes.keys():
         print(f"note: split {name} of {cfg.path} is left out; to use it alone, set data.split={name}")
     return codes

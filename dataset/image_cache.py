@@ -25,7 +25,7 @@ MAX_DAMAGED_FRACTION = 0.01  # of unreadable images
 ABORT_AFTER_DAMAGED = 100  # unreadable images
 BLOCK_SIZE = 64  # images per read task
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)
-CACHE_VERSION = 3  # increase when the format changes
+CACHE_VERSION = 5  # increase when the format changes
 
 
 @dataclass
@@ -56,6 +56,11 @@ class DatasetIndex:
 
     def num_images(self, split: int) -> int:
         return int((self.split[self.selected] == split).sum())
+
+    def account(self) -> str:
+        """One line on the files that were found, used and skipped; "" if the source has no image files."""
+        num_unused = len(self.split) - len(self.selected)
+        return self.source.account + (f"; {num_unused:,} images not used (data.max_train_images)" if num_unused else "")
 
     def load(self) -> Images:
         """Open the cache; rank 0 builds it first if it does not exist."""
@@ -104,8 +109,12 @@ def load_images(config: Config) -> Images:
 
 
 def split_by_name(names: list[str], val_fraction: float) -> np.ndarray:
-    """Assign the lowest name hashes to VAL: independent of order and stable when images are added."""
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha1(names[i].encode()).digest())
+    """Assign the lowest name hashes to VAL: independent of order and stable when images are added.
+
+    Folders that all images share are left out, so that a zip has the split of the folder in it.
+    """
+    num_shared = len("".join(f"{part}/" for part in os.path.commonprefix([name.split("/")[:-1] for name in names])))
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha1(names[i][num_shared:].encode()).digest())
     split = np.full(len(names), TRAIN, dtype=np.uint8)
     split[order[: max(1, round(val_fraction * len(names)))]] = VAL
     return split
