@@ -149,7 +149,7 @@ def short_name(name: str) -> str:
 def has_other_settings(path: Path, config: Config, spacing: str) -> bool:
     """Whether files of this name exist that were sampled with other settings, for example another seed."""
     ignored_keys = {"batch_size": 0, "save_images": 0}
-    settings = json.loads(config.sampling.model_dump_json()) | ignored_keys
+    settings = json.loads(json.dumps(config.sampling.model_dump())) | ignored_keys
     try:
         with Image.open(path) as image:
             old_settings = json.loads(image.text["config"])["sampling"] | ignored_keys

@@ -158,7 +158,8 @@ def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Mod
     )
     if account := index.account():
         print(f"dataset: {account}")
-    print(f"images: {index.num_images(TRAIN):,} for training, {index.num_images(VAL):,} for validation")
+    test = f", {index.num_images(TEST):,} for testing" if index.num_images(TEST) else ""
+    print(f"images: {index.num_images(TRAIN):,} for training, {index.num_images(VAL):,} for validation{test}")
     if note := few_val_images(config, index):
         print(note)
     print(f"loss: {loss}")

@@ -12,6 +12,7 @@ from utils.errors import UserError
 BITS_PER_SAMPLE = 258  # TIFF tag
 OVERSHOOT = 0.1  # of float images beyond 0 … 1, left by resampling filters
 AMBIGUOUS_BITS = 14  # 16-bit images without larger values probably hold 10, 12 or 14 bits
+NUM_PROBED = 32  # images of a set for check_value_range()
 REMEDY = "set data.value_range=[black, white]"
 SRGB = ImageCms.createProfile("sRGB")
 
@@ -100,7 +101,7 @@ def check_value_range(names: Iterable[str], open_file: Callable[[str], BinaryIO]
         try:
             scale_to_8_bit(image, None)
         except ValueError as error:
-            raise UserError(f"data.path: {name}: {error}") from None
+            raise UserError(f"data.path: image {name}: {error}") from None
     if num_16_bit and highest < 2**AMBIGUOUS_BITS:
         bits = max(8, highest.bit_length())
         raise UserError(

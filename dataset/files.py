@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import zipfile
 import zlib
 from collections import Counter
@@ -108,6 +109,9 @@ class Files:
                 continue
             if is_system_file(name):
                 self.skipped["hidden or system files"] += 1
+                continue
+            if stat.S_ISLNK(entry.external_attr >> 16):
+                self.skipped["links in the zip"] += 1
                 continue
             if entry.flag_bits & 1 or entry.compress_type not in ZIP_METHODS:
                 problem = "encrypted" if entry.flag_bits & 1 else f"compressed by method {entry.compress_type}"

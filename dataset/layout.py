@@ -40,7 +40,7 @@ def _read_splits(folders: Folders) -> Layout:
             layout = _read_classes(inner, {name for name, split in splits.items() if split == TRAIN})
             layout.splits = {name: split for name, split in splits.items() if name not in layout.left_out}
             layout.left_out |= {
-                name: f"in {parts[0]}/ next to the split folders" if parts else "next to the split folders"
+                name: f"images in {parts[0]}/ next to the split folders" if parts else "images next to the split folders"
                 for name, parts in folders.items()
                 if name not in split_of
             }
@@ -65,7 +65,7 @@ def _read_classes(folders: Folders, train: set[str]) -> Layout:
     else:
         layout = _read_splits(inside) if stray else Layout()
     if layout.splits or layout.classes:
-        layout.left_out |= {name: "next to the folders of the others" for name in stray}
+        layout.left_out |= {name: "images next to the class folders" for name in stray}
     return layout
 
 

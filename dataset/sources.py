@@ -14,15 +14,13 @@ from dataset import TRAIN, VAL, evenly_spaced, without_unused_test
 from dataset import synthetic_faces as faces
 from dataset.captions import TEXT_SUFFIXES, read_coco, read_sidecars
 from dataset.celeba import read_lists
-from dataset.color import check_value_range
+from dataset.color import NUM_PROBED, check_value_range
 from dataset.files import TABLE_SUFFIXES, Files, crop_and_resize, decode_image
 from dataset.huggingface import read_dataset
 from dataset.layout import describe_left_out, read_layout
 from dataset.metadata import TABLE_NAMES, Metadata, label_columns
 from utils.errors import UserError
 from utils.files import first_line
-
-NUM_PROBED = 32  # images whose range of values is checked before all are read
 
 
 @dataclass
@@ -91,11 +89,8 @@ def folder(cfg: DataConfig, seed: int) -> Source:
         column = np.array([[classes.index(layout.classes[n])] for n in names], dtype=np.int64)
         source.labels = column if source.labels is None else np.hstack([column, source.labels])
         source.label_names = {"class": classes} | source.label_names
-    left_out = describe_left_out(layout.left_out)
-    for reason, n in left_out.items():
-        print(f"note: left out: {n:,} images {reason}")
     _name_unread(files)
-    source.account = files.account(len(names), left_out)
+    source.account = files.account(len(names), describe_left_out(layout.left_out))
     return source
 
 

@@ -155,6 +155,8 @@ def small_set_note(n: int, dim: int) -> str:
 
 
 def error_budget(generated: Distance, val: Distance, reconstructed: Distance) -> str:
+    if val.frechet <= 0:
+        return "No error budget: validation images do not differ from training images."
     return (
         f"Error budget: the Fréchet distance of generated images is {generated.frechet / val.frechet:.2f} times that of "
         f"validation images. Of the difference of {generated.frechet - val.frechet:.1f}, the VAE causes "

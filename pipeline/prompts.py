@@ -105,8 +105,8 @@ def _class_index(kind: str, value: str, classes: list[str]) -> int:
     for name in (value, YES_NO.get(value.lower())):
         if name in names:
             return names[name]
-    if value == str(index := int(value) if value.isdecimal() else -1) and index < len(classes):
-        return index
+    if value in (indices := [str(i) for i in range(len(classes))]):
+        return indices.index(value)
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
     more = " …" if len(classes) > MAX_LISTED else ""
     raise UserError(f"sampling.labels: {kind} has no value {value!r}; its values are {listed}{more}")

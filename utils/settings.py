@@ -47,7 +47,9 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
         annotation = annotations.get(key, Any)
         try:
             # Text is taken literally: a path may contain " #" or ": ".
-            is_text = str in _types(annotation) and list not in _types(annotation) and text not in NULLS
+            types = _types(annotation)
+            is_structure = (list in types or dict in types) and text.lstrip().startswith(("[", "{"))
+            is_text = str in types and not is_structure and text not in NULLS
             value = text if is_text else _load_yaml(text, annotation)
         except (yaml.YAMLError, TypeError, ValueError):
             raise UserError(f"{key}: cannot read the value {text!r}") from None
