@@ -156,10 +156,7 @@ def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Mod
         f"VAE: {num_params(vae) / 1e6:.2f}M parameters, {image_size}x{image_size}x3 -> "
         f"{latent_size}x{latent_size}x{vae.latent_channels}, {hardware}"
     )
-    if account := index.account():
-        print(f"dataset: {account}")
-    test = f", {index.num_images(TEST):,} for testing" if index.num_images(TEST) else ""
-    print(f"images: {index.num_images(TRAIN):,} for training, {index.num_images(VAL):,} for validation{test}")
+    print("\n".join(index.describe()))
     if note := few_val_images(config, index):
         print(note)
     print(f"loss: {loss}")

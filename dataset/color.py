@@ -84,19 +84,24 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
     return transform
 
 
-def check_value_range(names: Iterable[str], open_file: Callable[[str], BinaryIO]) -> None:
-    """Refuse images with an unknown range of values. `names` is a sample of a set, which must have one range."""
-    num_16_bit, highest = 0, 0
+def check_value_range(names: Iterable[str], open_file: Callable[[str], BinaryIO], known: bool) -> None:
+    """Refuse images with an unknown range of values. `names` is a sample of a set, which must have one range.
+
+    known: the range is that of data.value_range
+    """
+    num_16_bit, highest, suggestion = 0, 0, ""
     for name in names:
         try:
             with open_file(name) as file, Image.open(file) as image:
-                if not image.mode.startswith("I") and image.mode != "F":
+                is_color = ";16" in str(image.tile) and not image.mode.startswith("I")  # Pillow drops the lower 8 bits
+                if known and not is_color or not (is_color or image.mode.startswith("I") or image.mode == "F"):
                     continue
-                image.load()
+                values = np.asarray(image)
         except Exception:  # damaged: reported when all images are read
             continue
-        if stored_range(image) == (0, 65535):
-            num_16_bit, highest = num_16_bit + 1, max(highest, image.getextrema()[1])
+        if is_color or stored_range(image) == (0, 65535):
+            num_16_bit, highest = num_16_bit + 1, max(highest, int(values.max()) * (256 if is_color else 1))
+            suggestion = "convert them to 8 bits" if is_color else suggestion
             continue
         try:
             scale_to_8_bit(image, None)
@@ -104,7 +109,7 @@ def check_value_range(names: Iterable[str], open_file: Callable[[str], BinaryIO]
             raise UserError(f"data.path: image {name}: {error}") from None
     if num_16_bit and highest < 2**AMBIGUOUS_BITS:
         bits = max(8, highest.bit_length())
-        raise UserError(
-            f"data.path: no value in {num_16_bit} 16-bit images is above {highest}: set data.value_range=[0, {2**bits - 1}] "
-            f"if they hold {bits} bits, or [0, 65535] to leave them dark"
+        suggestion = suggestion or (
+            f"set data.value_range=[0, {2**bits - 1}] if they hold {bits} bits, or [0, 65535] to leave them dark"
         )
+        raise UserError(f"data.path: no value in {num_16_bit} 16-bit images is above {highest}: {suggestion}")

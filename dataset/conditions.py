@@ -58,18 +58,24 @@ def conditioning_settings(config: Config, dataset: LatentDataset) -> dict | None
     )
 
 
-def check_condition(config: Config, label_names: dict[str, list[str]], captions: list[list[str]] | None, origin: str) -> None:
+def check_condition(
+    config: Config, label_names: dict[str, list[str]], captions: list[list[str]] | None, origin: str
+) -> None:
     """Refuse a diffusion.condition for which the images of `origin` have no labels or captions."""
     cfg = config.diffusion
     if cfg.condition == "class":
         if not label_names:
-            raise UserError(f"diffusion.condition=class: the images of {origin} have no labels; train with diffusion.condition=none")
+            raise UserError(
+                f"diffusion.condition=class: the images of {origin} have no labels; train with diffusion.condition=none"
+            )
         unknown = [name for name in cfg.labels or [] if name not in label_names]
         if unknown:
             raise UserError(f"diffusion.labels: unknown label {unknown[0]!r}; {origin} has: {', '.join(label_names)}")
     if cfg.condition == "text":
         if captions is None:
-            raise UserError(f"diffusion.condition=text: the images of {origin} have no captions; train with diffusion.condition=none")
+            raise UserError(
+                f"diffusion.condition=text: the images of {origin} have no captions; train with diffusion.condition=none"
+            )
         counts = Counter()
         for caption in chain.from_iterable(captions):
             counts.update(words := set(split_words(caption)))

@@ -16,9 +16,7 @@ from dataset.color import to_8_bit_srgb
 from utils.errors import UserError
 from utils.files import first_line, printable
 
-IMAGE_SUFFIXES = set(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm .pbm .pnm .jp2 .tga".split()
-)
+IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm .pbm .pnm .jp2 .tga".split())
 # Files with other suffixes, or none, are images if Pillow recognizes the first bytes as one of these formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "PSD", "QOI", "SGI", "DDS", "AVIF")
 TABLE_SUFFIXES = set(".txt .caption .json .jsonl .csv .tsv .xml .yaml .yml .parquet".split())  # labels and captions

@@ -168,9 +168,9 @@ def read_dataset(cfg: DataConfig, crop: str) -> dict:
         parts = [splits[name].cast_column(image_column, datasets.Image(decode=False)) for name in codes]
     except Exception as error:  # not bytes, not a struct of bytes and path: types of several libraries
         raise UserError(f"data.image_column: {image_column} of {cfg.path} holds no images ({first_line(error)})") from None
-    if cfg.value_range is None:
-        sample = evenly_spaced(np.arange(len(parts[0])), NUM_PROBED)
-        check_value_range(sample, lambda i: io.BytesIO(image_content(parts[0][int(i)][image_column])))
+    sample = evenly_spaced(np.arange(len(parts[0])), NUM_PROBED)
+    open_file = lambda i: io.BytesIO(image_content(parts[0][int(i)][image_column]))
+    check_value_range(sample, open_file, known=cfg.value_range is not None)
     split = np.repeat(list(codes.values()), [len(part) for part in parts]).astype(np.uint8)
 
     def column(name: str) -> list:

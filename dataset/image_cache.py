@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config
-from dataset import TRAIN, VAL, evenly_spaced
+from dataset import TEST, TRAIN, VAL, evenly_spaced
 from dataset.sources import SOURCES, Source
 from utils import distributed
 from utils.errors import UserError
@@ -57,10 +57,19 @@ class DatasetIndex:
     def num_images(self, split: int) -> int:
         return int((self.split[self.selected] == split).sum())
 
-    def account(self) -> str:
-        """One line on the files that were found, used and skipped; "" if the source has no image files."""
-        num_unused = len(self.split) - len(self.selected)
-        return self.source.account + (f"; {num_unused:,} images not used (data.max_train_images)" if num_unused else "")
+    def describe(self) -> list[str]:
+        """Lines of the plan: all files that were found, the splits, labels and captions."""
+        source, num_unused = self.source, len(self.split) - len(self.selected)
+        unused = f"; {num_unused:,} images not used (data.max_train_images)" if num_unused else ""
+        test = f", {self.num_images(TEST):,} for testing" if self.num_images(TEST) else ""
+        lines = [f"dataset: {source.account}{unused}"] if source.account else []
+        lines.append(f"images: {self.num_images(TRAIN):,} for training, {self.num_images(VAL):,} for validation{test}")
+        if source.label_names:
+            names = [f"{name} ({len(values)})" for name, values in source.label_names.items()]
+            lines.append(f"labels: {', '.join(names[:5])}" + (f" and {len(names) - 5} others" if len(names) > 5 else ""))
+        if source.captions is not None:
+            lines.append(f"captions: {sum(map(len, source.captions)):,}")
+        return lines
 
     def load(self) -> Images:
         """Open the cache; rank 0 builds it first if it does not exist."""

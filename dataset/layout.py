@@ -56,7 +56,9 @@ def _read_classes(folders: Folders, train: set[str]) -> Layout:
     if sum(name in train for name in stray) > MAX_STRAY_FRACTION * len(train):
         num_folders = len({parts[0] for parts in inside.values()})
         if num_folders > 1:
-            print(f"note: the {num_folders} folders are no classes: {len(stray):,} of {len(folders):,} images are in none of them")
+            print(
+                f"note: the {num_folders} folders are no classes: {len(stray):,} of {len(folders):,} images are in none of them"
+            )
         return Layout()
     if len({parts[0] for parts in inside.values()}) > 1:
         layout = Layout(classes={name: unicodedata.normalize("NFC", parts[0]) for name, parts in inside.items()})

@@ -44,8 +44,8 @@ def crop_name(cfg: DataConfig) -> str:
 
 def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Source:
     crop = crop_name(cfg)
-    if cfg.value_range is None:
-        check_value_range(evenly_spaced(np.array(names, dtype=object), NUM_PROBED), files.open)
+    sample = evenly_spaced(np.array(names, dtype=object), NUM_PROBED)
+    check_value_range(sample, files.open, known=cfg.value_range is not None)
 
     def read_one(name: str):
         try:

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -38,6 +39,10 @@ def numbered(*folders, n=8):
 
 def classes_of(source):
     return {name: source.label_names["class"][label] for name, (label,) in zip(source.names, source.labels)}
+
+
+def account(index):
+    return index.describe()[0].removeprefix("dataset: ")
 
 
 def encoded(image, format="PNG", **options):
@@ -86,7 +91,11 @@ def test_a_class_may_be_called_train(tmp_path, capsys):
     [
         (numbered("cats", "dogs"), ["a.png"], "1 images next to the class folders (a.png)"),
         (numbered("x/cats", "x/dogs"), ["a.png", "x/b.png"], "2 images next to the class folders"),
-        (numbered("train/cats", "train/dogs", "val/cats"), ["samples/0.png"], "1 images in samples/ next to the split folders"),
+        (
+            numbered("train/cats", "train/dogs", "val/cats"),
+            ["samples/0.png"],
+            "1 images in samples/ next to the split folders",
+        ),
         (numbered("train/cats", "train/dogs", "val/cats"), ["train/a.png", "b.png"], "images next to the class folders"),
         (numbered("train/cats", "train/dogs", "val/cats"), numbered("test"), "8 images next to the class folders"),
     ],
@@ -96,7 +105,7 @@ def test_stray_images_are_left_out(tmp_path, names, stray, reason):
     index = index_dataset(settings(tmp_path, tmp_path / "in"))
     assert sorted(index.source.names) == sorted(names) and index.source.label_names == {"class": ["cats", "dogs"]}
     assert all(f"/{label}/" in f"/{name}" for name, label in classes_of(index.source).items())
-    assert reason in index.account() and f"{len(names + stray)} files found: {len(names)} images" in index.account()
+    assert reason in account(index) and f"{len(names + stray)} files found: {len(names)} images" in account(index)
 
 
 def test_many_images_outside_of_folders_are_kept(tmp_path, capsys):
@@ -127,13 +136,19 @@ def test_zip_has_the_order_split_and_labels_of_the_folder(tmp_path):
 def test_links_are_followed_without_loops(tmp_path):
     write_images(tmp_path, numbered("elsewhere/birds", "in/cats"))
     folder = tmp_path / "in"
-    for link, target in (("birds", "../elsewhere/birds"), ("loop", ".."), ("cats/up", ".."), ("self", "self"), ("gone.png", "x")):
+    for link, target in (
+        ("birds", "../elsewhere/birds"),
+        ("loop", ".."),
+        ("cats/up", ".."),
+        ("self", "self"),
+        ("gone.png", "x"),
+    ):
         (folder / link).symlink_to(target)
     (tmp_path / "elsewhere/in").symlink_to("../in")
     index = index_dataset(settings(tmp_path, folder))
     assert index.source.label_names == {"class": ["birds", "cats", "loop"]}  # loop/elsewhere is a folder of its own
     assert [n for n in index.source.names if n.startswith(("birds/", "cats/"))] == numbered("birds", "cats")
-    assert "2 broken links" in index.account() and "links to a parent folder" in index.account()
+    assert "2 broken links" in account(index) and "links to a parent folder" in account(index)
 
 
 def test_names_that_are_not_utf8(tmp_path, capsys):
@@ -163,7 +178,8 @@ def rename_in_zip(path, old: bytes, new: bytes, system: int):
 
 
 @pytest.mark.parametrize(
-    "raw, system, name", [(b"\x82t\x82", 0, "été"), ("é1".encode(), 0, "é1"), ("é1".encode(), 3, "é1"), (b"\xe9t\xe9", 3, r"\xe9t\xe9")]
+    "raw, system, name",
+    [(b"\x82t\x82", 0, "été"), ("é1".encode(), 0, "é1"), ("é1".encode(), 3, "é1"), (b"\xe9t\xe9", 3, r"\xe9t\xe9")],
 )
 def test_names_in_zips_of_other_systems(tmp_path, raw, system, name):
     path = tmp_path / "p.zip"
@@ -193,7 +209,15 @@ def test_file_types_are_recognized_by_content(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     image = noise_image(0, 16, 16)
-    formats = {"a.jfif": "JPEG", "b.JPG_large": "JPEG", "c.ppm": "PPM", "d": "PNG", "e.001": "TIFF", "f.webp": "WEBP", "g.jp2": "JPEG2000"}
+    formats = {
+        "a.jfif": "JPEG",
+        "b.JPG_large": "JPEG",
+        "c.ppm": "PPM",
+        "d": "PNG",
+        "e.001": "TIFF",
+        "f.webp": "WEBP",
+        "g.jp2": "JPEG2000",
+    }
     for name, format in formats.items():
         image.save(folder / name, format)
     for name, content in {"a.mp4": b"\0\0\0\x18ftypmp42", "b": b"P5 is text", "c.txt": b"a caption", "d.npy": b"BM"}.items():
@@ -209,7 +233,7 @@ def test_every_file_is_accounted_for(tmp_path):
     for name in ("00.txt", "01.txt", "clip.mp4", "movie.mp4", "notes.pdf"):
         (folder / name).write_text("x")
     index = index_dataset(settings(tmp_path, folder, max_train_images=10))
-    assert index.account() == (
+    assert account(index) == (
         "34 files found: 20 images, 2 files with captions or labels, 12 skipped: 9 hidden or system files, "
         "3 other files (2 .mp4, 1 .pdf); 9 images not used (data.max_train_images)"
     )
@@ -247,7 +271,12 @@ def test_values_are_scaled_alike_in_all_files(tmp_path, make, suffix, options, f
 @pytest.mark.parametrize(
     "make, suffix, message",
     [
-        (lambda i: (RAMP * 4095).astype(np.uint16), ".png", r"above 4095: set data.value_range=\[0, 4095\] if they hold 12 bits"),
+        (
+            lambda i: (RAMP * 4095).astype(np.uint16),
+            ".png",
+            r"above 4095: set data.value_range=\[0, 4095\] if they hold 12 bits",
+        ),
+        (lambda i: (RAMP * 4095).astype(">u2"), ".tif", "above 4095: set data.value_range"),
         (lambda i: RAMP * 255, ".tif", "float values, 0 to 255, are not in 0 to 1: set data.value_range"),
         (lambda i: (RAMP * 4095).astype(np.int32), ".tif", "32-bit values is unknown: set data.value_range"),
         (lambda i: np.where(RAMP > 0.5, np.nan, RAMP), ".tif", "00.tif: it contains NaN"),
@@ -259,12 +288,47 @@ def test_an_unknown_range_of_values_is_an_error(tmp_path, make, suffix, message)
     assert "\n" not in str(error.value)
 
 
+def test_16_bit_color_images_must_use_their_range(tmp_path):
+    """Pillow drops the lower bits, so there is nothing to scale."""
+    for scale in (1, 16):
+        for i in range(12):
+            rows = np.broadcast_to(np.full(3, 4095 * scale, dtype=">u2"), (16, 16, 3)).reshape(16, -1)
+            write_png(tmp_path / f"in{scale}" / f"{i}.png", 16, 16, rows)
+        config = settings(tmp_path, tmp_path / f"in{scale}", value_range="[0, 4095]")
+        if scale == 16:
+            assert (load_images(config).pixels == 255).all()
+        else:
+            with pytest.raises(UserError, match="in 12 16-bit images is above 3840: convert them to 8 bits"):
+                index_dataset(config)
+
+
+def write_png(path, depth, size, rows):
+    """RGB with 16 bits per channel, which Pillow cannot write."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", size, size, depth, 2, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
 def test_bit_depth_of_the_file_format():
     """PGM states its maximum; a 12-bit TIFF its bits per sample (here of one strip of two packed values)."""
     pgm = b"P5 4 1 4095\n" + np.array([0, 1365, 2730, 4095], dtype=">u2").tobytes()
     assert np.asarray(decode_image(pgm))[0, :, 0].tolist() == [0, 85, 170, 255]
-    tags = [(256, 4, 2), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, 3)]
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    tags = [
+        (256, 4, 2),
+        (257, 4, 1),
+        (258, 3, 12),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 4, 1),
+        (279, 4, 3),
+    ]
+    directory = struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags
+    )
     tiff = b"II*\0" + struct.pack("<I", 12) + bytes([0x55, 0x5F, 0xFF, 0]) + directory + b"\0\0\0\0"  # 1365, 4095
     assert np.asarray(decode_image(tiff))[0, :, 0].tolist() == [85, 255]
 
@@ -283,7 +347,9 @@ def swapped_profile() -> bytes:
 def test_color_profiles_are_converted_to_srgb(mode, format):
     image = noise_image(0, 8, 8) if format != "JPEG" else Image.new("RGB", (8, 8), (255, 0, 0))
     image = image.convert(mode)
-    plain, converted = (np.asarray(decode_image(encoded(image, format, icc_profile=p))).astype(int) for p in (None, swapped_profile()))
+    plain, converted = (
+        np.asarray(decode_image(encoded(image, format, icc_profile=p))).astype(int) for p in (None, swapped_profile())
+    )
     assert np.abs(converted - plain[:, :, ::-1]).max() <= 2
 
 
@@ -306,7 +372,9 @@ def test_lab_and_cmyk():
     """L = 53.2, a = 80.1, b = 67.2 is red in CIE Lab."""
     lab = Image.new("LAB", (2, 2), (round(53.2 * 2.55), 80 + 128, 67 + 128))
     assert np.abs(np.array(decode_image(encoded(lab, "TIFF")).getpixel((0, 0))) - (255, 0, 0)).max() <= 16
-    assert decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((0, 0)) == pytest.approx((254, 0, 0), abs=3)
+    assert decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((0, 0)) == pytest.approx(
+        (254, 0, 0), abs=3
+    )
 
 
 # CelebA
@@ -331,7 +399,12 @@ def make_celeba(root, images, attributes, partition, kaggle):
     [
         ("img_align_celeba/img_align_celeba", "list_attr_celeba.csv", "list_eval_partition.csv", "."),
         ("img_align_celeba/img_align_celeba", "list_attr_celeba.csv", "list_eval_partition.csv", "img_align_celeba"),
-        ("img_align_celeba/img_align_celeba", "list_attr_celeba.csv", "list_eval_partition.csv", "img_align_celeba/img_align_celeba"),
+        (
+            "img_align_celeba/img_align_celeba",
+            "list_attr_celeba.csv",
+            "list_eval_partition.csv",
+            "img_align_celeba/img_align_celeba",
+        ),
         ("img_align_celeba", "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"),
         ("Img/img_align_celeba", "Anno/list_attr_celeba.txt", "Eval/list_eval_partition.txt", "Img/img_align_celeba"),
     ],
@@ -445,7 +518,10 @@ def test_further_columns_are_labels(tmp_path, capsys, table):
     assert source.labels.tolist() == [[(i + 1) % 2, int(i % 4 == 0), 2 - i % 3] for i in range(12)]
     columns = "note (text), origin (one value), score (numbers with fractions)"
     assert f"note: columns that are not used as labels: {columns}\n" in capsys.readouterr().out
-    assert index_dataset(settings(tmp_path, tmp_path / "in", label_column="note")).source.label_names["note"][:2] == ["note 0", "note 1"]
+    assert index_dataset(settings(tmp_path, tmp_path / "in", label_column="note")).source.label_names["note"][:2] == [
+        "note 0",
+        "note 1",
+    ]
     for column, message in (("score", r"score \(numbers with fractions\) cannot be a label"), ("age", "has a column 'age'")):
         with pytest.raises(UserError, match=f"data.label_column: .*{message}"):
             index_dataset(settings(tmp_path, tmp_path / "in", label_column=column))
@@ -453,7 +529,11 @@ def test_further_columns_are_labels(tmp_path, capsys, table):
 
 def test_missing_and_contradictory_labels(tmp_path, capsys):
     """A missing label is the null label. A column that differs between the captions of one image is none."""
-    rows = [{"file_name": f"{i:02d}.png", "breed": ["pug", "corgi", None][i % 3], "author": f"{k}"} for i in range(12) for k in range(2)]
+    rows = [
+        {"file_name": f"{i:02d}.png", "breed": ["pug", "corgi", None][i % 3], "author": f"{k}"}
+        for i in range(12)
+        for k in range(2)
+    ]
     source = source_with(tmp_path, rows)
     assert source.labels[:, 0].tolist() == [[1, 0, 2][i % 3] for i in range(12)]
     out = capsys.readouterr().out
@@ -465,7 +545,10 @@ def test_metadata_in_split_folders_with_classes(tmp_path):
     for split in ("train", "validation"):
         write_images(tmp_path / "in" / split, numbered("cat", "dog"))
         names = numbered("cat", "dog")
-        write_table(tmp_path / "in" / split / "metadata.csv", [{"file_name": n, "text": f"{split} {n}", "day": int(n[-5]) % 2} for n in names])
+        write_table(
+            tmp_path / "in" / split / "metadata.csv",
+            [{"file_name": n, "text": f"{split} {n}", "day": int(n[-5]) % 2} for n in names],
+        )
     source = index_dataset(settings(tmp_path, tmp_path / "in")).source
     assert source.split.tolist() == [TRAIN] * 16 + [VAL] * 16
     assert source.label_names == {"class": ["cat", "dog"], "day": ["0", "1"]}
@@ -484,7 +567,12 @@ def test_unread_sidecars_are_named(tmp_path, capsys):
     for name in ("labels.csv", "README.txt", *(f"{i:02d}.json" for i in range(8))):
         (tmp_path / "in" / name).write_text("x")
     index_dataset(settings(tmp_path, tmp_path / "in"))
-    assert capsys.readouterr().out.count("note: not read: X.json next to X, labels.csv; captions and labels are read from metadata.csv") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "note: not read: X.json next to X, labels.csv; captions and labels are read from metadata.csv"
+        )
+        == 1
+    )
 
 
 # What later stages need
@@ -512,8 +600,14 @@ def test_plan_of_stage_1(experiment, tmp_path, capsys):
     data = ("data.source=folder", f"data.path={tmp_path}/in")
     assert experiment.run("train_vae", *data, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "dataset: 51 files found: 50 images, 0 files with captions or labels, 1 skipped: 1 hidden or system files\n" in out
+    assert (
+        "dataset: 51 files found: 50 images, 0 files with captions or labels, 1 skipped: 1 hidden or system files\n" in out
+    )
     assert "note: evaluate.py needs 8 validation images (got 2): set data.val_fraction=0.16 before training" in out
     assert experiment.run("train_vae", *data, "data.val_fraction=0.16", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "images: 42 for training, 8 for validation" in out and "evaluate.py needs" not in out
+    assert "labels:" not in out and "images: 42 for training, 8 for validation" in out and "evaluate.py needs" not in out
+    write_images(tmp_path / "classes", numbered("cat", "dog"))
+    (tmp_path / "classes/cat/00.txt").write_text("one\ntwo")
+    assert experiment.run("train_vae", "data.source=folder", f"data.path={tmp_path}/classes", "--dry-run") == 0
+    assert "labels: class (2)\ncaptions: 17\n" in capsys.readouterr().out
