@@ -137,7 +137,7 @@ def image_reader(parts: list, column: str, cfg: DataConfig, crop: str):
             content = image_content(entry)
             if not content:
                 return "the row has no image"
-            return crop_and_resize(decode_image(content, cfg.value_range), crop, cfg.image_size)
+            return crop_and_resize(decode_image(content, value_range=cfg.value_range), crop, cfg.image_size)
         except Exception as error:  # PIL raises almost any type on damaged files
             return f"{type(error).__name__}: {error}"
 

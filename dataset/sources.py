@@ -49,7 +49,7 @@ def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Sourc
 
     def read_one(name: str):
         try:
-            return crop_and_resize(decode_image(files.read(name), cfg.value_range), crop, cfg.image_size)
+            return crop_and_resize(decode_image(files.read(name), value_range=cfg.value_range), crop, cfg.image_size)
         except Exception as error:  # PIL raises almost any type on damaged files
             return f"{type(error).__name__}: {error}"
 
