@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 MIN_DISCRIMINATOR_SIZE = 24  # pixels; smaller images leave PatchDiscriminator no output
+MIN_PERCEPTUAL_SIZES = {"vgg": 16, "alex": 31, "squeeze": 17, "vgg19": 4}  # pixels; pooling leaves smaller images no output
 
 
 class Section(BaseModel):
@@ -25,14 +26,13 @@ def setting(default: Any, help: str) -> Any:
     return Field(default, description=help)
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]  # part of file names
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
 ChannelsPerLevel = Annotated[list[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-LabelValue = Union[bool, int, str]
 
 
 class DataConfig(Section):
@@ -53,8 +53,17 @@ class DataConfig(Section):
         "their meaning",
     )
     image_column: Optional[str] = setting(None, "huggingface: column of the images; default: the only one of type Image")
-    label_column: Optional[str] = setting(None, "column with class labels; default: huggingface: all of type ClassLabel")
-    caption_column: Optional[str] = setting(None, "column with captions; default: text, caption, captions or prompt, if any")
+    label_column: Optional[str] = setting(
+        None,
+        "column with class labels; default: huggingface: all of type ClassLabel; folder: all further columns of the metadata "
+        "files with few different values",
+    )
+    caption_column: Optional[str] = setting(None, "column with captions; default: captions, caption, text or prompt, if any")
+    value_range: Optional[Annotated[list[float], Field(min_length=2, max_length=2)]] = setting(
+        None,
+        "[black, white]: values of 16-bit, 32-bit and float images that become black and white; default: [0, 65535] for "
+        "16 bits, [0, 1] for float",
+    )
     download: bool = setting(False, "celeba, cifar10: download with torchvision into data.path")
     image_size: Annotated[int, Field(ge=8, le=4096)] = setting(64, "width and height of the training images in pixels")
     crop: Literal["auto", "ddim", "center140", "square"] = setting(
@@ -279,7 +288,7 @@ class SamplingConfig(Section):
         "weights file of an earlier snapshot or a smaller U-Net to guide away from, instead of the null condition "
         "(Karras et al. 2024)",
     )
-    labels: Optional[Annotated[list[Union[LabelValue, dict[str, LabelValue]]], Field(min_length=1)]] = setting(
+    labels: Optional[Annotated[list[Union[str, dict[str, str]]], Field(min_length=1)]] = setting(
         None,
         "class: one grid row per entry. A model with one label takes its values: [0, cat]. A model with several takes "
         "mappings: [{hat: beanie, glasses: yes}]. Default: all values of a single label, at most sampling.rows of them; "
@@ -389,6 +398,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "Config":
+        if self.data.value_range and self.data.value_range[0] == self.data.value_range[1]:
+            raise ValueError(f"data.value_range must be two different values (got {self.data.value_range})")
+        net, image_size = self.vae.perceptual.net, self.data.image_size
+        if image_size < MIN_PERCEPTUAL_SIZES.get(net, 0):
+            raise ValueError(
+                f"data.image_size must be at least {MIN_PERCEPTUAL_SIZES[net]} if vae.perceptual.net={net} (got {image_size}); "
+                f"vae.perceptual.net=none turns it off"
+            )
         if self.vae.steps == 0 and self.vae.init_from is None:
             raise ValueError("vae.steps must be at least 1 without vae.init_from (got 0)")
         if self.vae.init_from is not None:

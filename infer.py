@@ -10,6 +10,7 @@ if __name__ == "__main__":
     cli.handle_help(__doc__)
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from config import Config, SamplingConfig
 from pipeline.generate import OutputSpec, Samples
 from pipeline.init_latents import InitImage
 from pipeline.latent_diffusion import LatentDiffusion
-from pipeline.latent_stats import std_warnings
+from pipeline.latent_stats import require_finite, std_warnings
 from pipeline.prompts import Prompts, read_prompts
 from utils import distributed
 from utils.device import hardware_name, num_params, pick_device, pick_precision
@@ -29,6 +30,7 @@ from utils.errors import UserError
 from utils.files import keep_old_version, require_space
 from utils.images import image_grid, save_gif, save_png, to_uint8
 
+MAX_NAME_BYTES = 48  # of sampling.image in the names of output files
 TRAJECTORY_IMAGES = 8  # images in the trajectory strip if there are no prompts or labels
 
 
@@ -71,6 +73,7 @@ def infer(config: Config, dry_run: bool) -> None:
     if parts is None:  # not rank 0
         return
     samples, seconds = Samples.merge(parts), time.monotonic() - started
+    require_finite(samples.moments, cfg)
     if spec.trajectory:
         save_trajectory(model, samples, prompts, results / name)
     stats = samples.stats(model.normalizer)
@@ -133,16 +136,21 @@ def name_suffix(cfg: SamplingConfig) -> str:
     """Suffix of the file name that names slerp, the initial image, guidance and clamping, if they differ from the default."""
     start = f"_slerp{cfg.seed}to{cfg.slerp_to}" if cfg.slerp_to is not None else ""
     if cfg.image:
-        start = f"_{'inpaint' if cfg.mask else 'from'}_{Path(cfg.image).stem}"
+        start = f"_{'inpaint' if cfg.mask else 'from'}_{short_name(Path(cfg.image).stem)}"
     clamp = cfg.x0_clamp if isinstance(cfg.x0_clamp, str) else f"{cfg.x0_clamp:g}"
     guidance = f"_w{cfg.guidance:g}" if cfg.guidance != 1 else ""
     return start + guidance + (f"_clamp{clamp}" if clamp != "range" else "")
 
 
+def short_name(name: str) -> str:
+    """Letters of any script, digits, "_", "." and "-", cut to MAX_NAME_BYTES: file names are limited to 255 bytes."""
+    return re.sub(r"[^\w.-]+", "_", name).encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+
+
 def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> bool:
     """Whether files of this name exist that were sampled with other settings, such as another seed, or by another U-Net."""
     ignored_keys = {"batch_size": 0, "save_images": 0}
-    settings = json.loads(config.sampling.model_dump_json()) | ignored_keys
+    settings = json.loads(json.dumps(config.sampling.model_dump())) | ignored_keys
     try:
         with Image.open(path) as image:
             old_settings = json.loads(image.text["config"])["sampling"] | ignored_keys

@@ -137,7 +137,7 @@ def timesteps(
     """Return `steps` descending timesteps with sigma/alpha <= sigma_max (None: the schedule's default).
 
     trailing  T-1, then down in equal strides (Lin et al. 2024, Table 2)
-    leading   0, T//N, 2 (T//N), …, reversed (DDIM)
+    leading   floor(i T/N), i = N-1 … 0 (Song et al. 2021, App. D.2); starts one stride below T, so not at pure noise
     linspace  equal strides that include T-1 and 0
     logsnr    uniform in log(alpha/sigma) (Lu et al. 2022a, §3.4)
     karras    uniform in (sigma/alpha)^(1/7)
@@ -166,7 +166,8 @@ def timesteps(
     if spacing == "trailing":
         visited = (start - i * start / n).round().long() - 1
     elif spacing == "leading":
-        visited = (i.long() * (usable // steps)).flip(0)
+        # A stride rounded to usable // steps, as in diffusers, would start 500 of 990 steps at t = 499.
+        visited = (i.long() * usable // steps).flip(0)
     elif spacing == "linspace":
         visited = torch.linspace(round(start) - 1, 0, n, dtype=torch.float64).round().long()
     else:

@@ -9,15 +9,19 @@ from utils import cli
 if __name__ == "__main__":
     cli.handle_help(__doc__)  # before torch is imported, which takes seconds
 
+import math
+
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from config import Config
-from dataset import TRAIN, VAL
+from dataset import TEST, TRAIN, VAL
+from dataset.conditions import check_condition
 from dataset.image_cache import DatasetIndex, Images, index_dataset
 from dataset.loader import BatchLoader, Shuffle
+from evaluation.reconstruction import MIN_VAL_IMAGES
 from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.vae import VAE, reconstruction_error
 from pipeline.stage_files import require_no_dependents
@@ -49,6 +53,7 @@ def train(config: Config, dry_run: bool) -> None:
     dtype, folder = pick_precision(config.precision, device), config.run_dir / "vae"
     perceptual = load_perceptual(cfg.perceptual, device) if cfg.perceptual.weight > 0 else None
     index = index_dataset(config)
+    check_condition(config, index.source.label_names, index.source.captions, f"data.source={config.data.source}")
     torch.manual_seed(config.seed)
     vae = build_vae(config).to(device, memory_format=torch.channels_last)
     require_space(folder, STATE_BYTES_PER_PARAM * num_params(vae))
@@ -155,11 +160,24 @@ def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Mod
         f"VAE: {num_params(vae) / 1e6:.2f}M parameters, {image_size}x{image_size}x3 -> "
         f"{latent_size}x{latent_size}x{vae.latent_channels}, {hardware}"
     )
-    print(f"images: {index.num_images(TRAIN):,} for training, {index.num_images(VAL):,} for validation")
+    print("\n".join(index.describe()))
+    if note := few_val_images(config, index):
+        print(note)
     print(f"loss: {loss}")
     limit = f", at most {cfg.max_minutes:g} minutes" if cfg.max_minutes else ""
     print(f"steps: {cfg.steps:,} with {cfg.batch_size} images each{limit}")
     print(f"files: {config.run_dir}/vae/vae.safetensors, state.pt, metrics.jsonl, curves.png, reconstructions.png")
+
+
+def few_val_images(config: Config, index: DatasetIndex) -> str:
+    """A note if evaluate.py will refuse the validation split, which cannot be changed after training; else ""."""
+    num_val, num_images = index.num_images(VAL) + index.num_images(TEST), len(index.split)
+    if num_val >= MIN_VAL_IMAGES:
+        return ""
+    fraction = math.ceil(1000 * MIN_VAL_IMAGES / num_images) / 1000
+    own_split = index.source.split is not None and (index.source.split == VAL).any()
+    remedy = "add images" if own_split or fraction >= 0.5 else f"set data.val_fraction={fraction:g}"
+    return f"note: evaluate.py needs {MIN_VAL_IMAGES} validation images (got {num_val}): {remedy} before training"
 
 
 def compile_for_training(setting, device, vae: VAE, perceptual: nn.Module | None, discriminator: nn.Module | None) -> None:

@@ -36,20 +36,12 @@ def conditioning_settings(config: Config, dataset: LatentDataset) -> dict | None
     cfg, path = config.diffusion, config.run_dir / "encodings.pt"
     if cfg.condition == "none":
         return None
+    names = dataset.label_names
+    check_condition(config, names, dataset.captions, str(path))
     if cfg.condition == "class":
-        if dataset.labels is None:
-            raise UserError(f"diffusion.condition=class: the images of {path} have no labels")
-        names = dataset.label_names
-        unknown = [name for name in cfg.labels or [] if name not in names]
-        if unknown:
-            raise UserError(f"diffusion.labels: unknown label {unknown[0]!r}; {path} has: {', '.join(names)}")
         return {"kind": "labels", "names": {name: names[name] for name in cfg.labels or names}}
-    if dataset.captions is None:
-        raise UserError(f"diffusion.condition=text: the images of {path} have no captions")
     if config.text.encoder == "words":
         vocabulary, pairs = build_vocabulary(dataset.captions)
-        if not vocabulary:
-            raise UserError(f"text.encoder=words: no word occurs in at least {MIN_WORD_COUNT} captions of {path}")
         num_long = sum(len(split_words(text)) > config.text.max_words for text in chain.from_iterable(dataset.captions))
         if num_long:
             print(f"note: {num_long:,} captions are longer than text.max_words={config.text.max_words} and are truncated")
@@ -64,6 +56,33 @@ def conditioning_settings(config: Config, dataset: LatentDataset) -> dict | None
         token_dim=text.dim,
         null_length=len(text.null()),
     )
+
+
+def check_condition(
+    config: Config, label_names: dict[str, list[str]], captions: list[list[str]] | None, origin: str
+) -> None:
+    """Refuse a diffusion.condition for which the images of `origin` have no labels or captions."""
+    cfg = config.diffusion
+    if cfg.condition == "class":
+        if not label_names:
+            raise UserError(
+                f"diffusion.condition=class: the images of {origin} have no labels; train with diffusion.condition=none"
+            )
+        unknown = [name for name in cfg.labels or [] if name not in label_names]
+        if unknown:
+            raise UserError(f"diffusion.labels: unknown label {unknown[0]!r}; {origin} has: {', '.join(label_names)}")
+    if cfg.condition == "text":
+        if captions is None:
+            raise UserError(
+                f"diffusion.condition=text: the images of {origin} have no captions; train with diffusion.condition=none"
+            )
+        counts = Counter()
+        for caption in chain.from_iterable(captions):
+            counts.update(words := set(split_words(caption)))
+            if any(counts[word] >= MIN_WORD_COUNT for word in words):
+                return
+        if config.text.encoder == "words":
+            raise UserError(f"text.encoder=words: no word occurs in at least {MIN_WORD_COUNT} captions of {origin}")
 
 
 def build_vocabulary(captions: list[list[str]]) -> tuple[list[str], list[str]]:

@@ -1,82 +1,201 @@
 """Files in a folder or zip, and image decoding and cropping."""
 
 import io
+import os
+import stat
 import zipfile
 import zlib
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dataset.color import to_8_bit_srgb
 from utils.errors import UserError
-from utils.files import first_line
+from utils.files import first_line, printable
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm .pbm .pnm .jp2 .tga".split())
+# Files with other suffixes, or none, are images if Pillow recognizes the first bytes as one of these formats.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "PSD", "QOI", "SGI", "DDS", "AVIF")
+TABLE_SUFFIXES = set(".txt .caption .json .jsonl .csv .tsv .xml .yaml .yml .parquet".split())  # labels and captions
+RAW_SUFFIXES = set(".dng .nef .cr2 .arw .orf .rw2 .pef .srw".split())  # Pillow would read the thumbnail in them
+# Hidden files, and folders and files that operating systems, NAS boxes and archivers add
+SYSTEM_NAMES = set(
+    "__macosx thumbs.db ehthumbs.db desktop.ini icon\r $recycle.bin recycler #recycle @recycle #snapshot @eadir @tmp "
+    "@__thumb lost+found __pycache__".split(" ")
+) | {"system volume information"}
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 CELEBA_SIZE = (178, 218)
 CELEBA_BOXES = {"ddim": (25, 57, 153, 185), "center140": (19, 39, 159, 179)}  # left, top, right, bottom of 178×218
 
 
 class Files:
-    """All files of a folder or zip, by relative path. At least one must be an image."""
+    """The files of a folder or zip by relative path, except hidden and system files. At least one must be an image.
+
+    Paths are printable: bytes that are not UTF-8 are escaped. A folder and a zip of it have the same paths in the same order.
+    """
 
     def __init__(self, path: str | None):
         if path is None:
             raise UserError("data.path is not set: set it to a folder or zip of images")
-        self.path = Path(path)
-        self.file_stats: dict[str, list[int]]  # path -> [size, mtime], or [size, CRC] in a zip
+        self.path, self.zip = Path(path), None
+        self.skipped: Counter[str] = Counter()  # reason -> number of files
+        self.texts_read: set[str] = set()
         if self.path.is_dir():
-            self.zip = None
-            files = sorted(p for p in self.path.rglob("*") if p.is_file())
-            self.file_stats = {p.relative_to(self.path).as_posix(): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
-        elif zipfile.is_zipfile(self.path):
-            try:
-                self.zip = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError, ValueError) as error:
-                raise UserError(f"data.path: {path} is a damaged zip ({first_line(error)})") from None
-            entries = sorted(self.zip.infolist(), key=lambda entry: entry.filename)
-            self.file_stats = {entry.filename: [entry.file_size, entry.CRC] for entry in entries if not entry.is_dir()}
+            entries = self._list_folder()
+        elif self.path.is_file() and zipfile.is_zipfile(self.path):
+            entries = self._list_zip()
         else:
             problem = "is not a folder or a zip" if self.path.exists() else "does not exist"
             raise UserError(f"data.path: {path} {problem}")
-        if not self.file_stats:
-            raise UserError(f"data.path: {path} is empty")
-        # macOS adds a "__MACOSX/._name.jpg" to zips for every image.
-        self.images = [
-            n for n in self.file_stats if Path(n).suffix.lower() in IMAGE_SUFFIXES and not Path(n).name.startswith("._")
-        ]
+        self._entries = dict(sorted(entries.items(), key=lambda item: item[0].split("/")))  # path -> Path or ZipInfo
+        self.file_stats = {name: _stats(entry) for name, entry in self._entries.items()}
+        self.images = [name for name in self._entries if self._is_image(name)]
         if not self.images:
-            suffixes = sorted({Path(n).suffix.lower() or "no suffix" for n in self.file_stats})
+            if not self._entries and not self.skipped:
+                raise UserError(f"data.path: {path} is empty")
+            suffixes = sorted({PurePosixPath(n).suffix.lower() or "no suffix" for n in self._entries})
             raise UserError(
-                f"data.path: {path} has {len(self.file_stats)} files but no image ({', '.join(suffixes[:5])}); "
+                f"data.path: {path} has {self.num_found} files but no image ({', '.join([*suffixes[:5], *self.skipped])}); "
                 f"supported: {', '.join(sorted(IMAGE_SUFFIXES))}"
             )
 
+    @property
+    def num_found(self) -> int:
+        return len(self._entries) + self.skipped.total()
+
+    def _list_folder(self) -> dict[str, Path]:
+        entries = {}
+        for path in self._walk(self.path, ()):
+            name = path.relative_to(self.path).as_posix()
+            if is_system_file(name):
+                self.skipped["hidden or system files"] += 1
+            else:
+                entries[printable(name)] = path
+        return entries
+
+    def _walk(self, folder: Path, parents: tuple) -> Iterator[Path]:
+        """Yield all files below a folder. Follows symbolic links, except those that lead back to a parent."""
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in parents:
+                self.skipped["links to a parent folder"] += 1
+                return
+            for entry in os.scandir(folder):
+                path = folder / entry.name
+                target = path if entry.is_symlink() else entry  # a path ignores endless links
+                if target.is_dir():
+                    yield from self._walk(path, (*parents, (status.st_dev, status.st_ino)))
+                elif target.is_file():
+                    yield path
+                else:
+                    self.skipped["broken links" if entry.is_symlink() else "special files"] += 1
+        except PermissionError:
+            self.skipped["folders without read permission"] += 1
+
+    def _list_zip(self) -> dict[str, zipfile.ZipInfo]:
+        try:
+            self.zip = zipfile.ZipFile(self.path)
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise UserError(f"data.path: {self.path} is a damaged zip ({first_line(error)})") from None
+        entries = {}
+        for entry in self.zip.infolist():
+            name = zip_name(entry)
+            if name.endswith("/"):  # a folder
+                continue
+            if is_system_file(name):
+                self.skipped["hidden or system files"] += 1
+                continue
+            if stat.S_ISLNK(entry.external_attr >> 16):
+                self.skipped["links in the zip"] += 1
+                continue
+            if entry.flag_bits & 1 or entry.compress_type not in ZIP_METHODS:
+                problem = "encrypted" if entry.flag_bits & 1 else f"compressed by method {entry.compress_type}"
+                raise UserError(f"data.path: {printable(name)} in {self.path} is {problem}: unpack the zip into a folder")
+            if printable(name) in entries:
+                self.skipped["repeated names in the zip"] += 1
+            entries[printable(name)] = entry
+        return entries
+
+    def _is_image(self, name: str) -> bool:
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix in IMAGE_SUFFIXES or suffix in TABLE_SUFFIXES or suffix in RAW_SUFFIXES:
+            return suffix in IMAGE_SUFFIXES
+        try:
+            with self.open(name) as file, Image.open(file, formats=FORMATS):
+                return True
+        except Image.DecompressionBombError:
+            return True  # reported as damaged
+        except Exception:  # Pillow raises almost any type on other files
+            return False
+
+    def open(self, name: str) -> BinaryIO:
+        entry = self._entries[name]
+        return self.zip.open(entry) if self.zip else open(entry, "rb")
+
     def read(self, name: str) -> bytes:
-        return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
+        with self.open(name) as file:
+            return file.read()
 
     def read_text(self, name: str) -> str:
         """Return a UTF-8 file without its byte order mark."""
+        self.texts_read.add(name)
         try:
             return self.read(name).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"data.path: {name} is not UTF-8 ({error})") from None
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # no permission, encrypted, damaged
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # no permission, damaged
             raise UserError(f"data.path: {name} cannot be read ({first_line(error)})") from None
 
-    def find_lines(self, basename: str) -> list[str] | None:
-        """Return the lines of the first file with this name, in any folder."""
-        for name in self.file_stats:
-            if Path(name).name == basename:
-                return self.read_text(name).splitlines()
-        return None
+    def account(self, num_used: int, left_out: dict[str, int]) -> str:
+        """One line that accounts for every file. left_out: reason -> number of images that the source does not use."""
+        others = self._entries.keys() - self.texts_read - set(self.images)
+        suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in others)
+        kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in suffixes.most_common(5)) + (", …" if len(suffixes) > 5 else "")
+        reasons = {**self.skipped, **left_out} | ({f"other files ({kinds})": len(others)} if others else {})
+        skipped = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items() if n)
+        return (
+            f"{self.num_found:,} files found: {num_used:,} images, {len(self.texts_read):,} files with captions or labels, "
+            f"{sum(reasons.values()):,} skipped" + (f": {skipped}" if skipped else "")
+        )
 
 
-def decode_image(content: bytes) -> Image.Image:
+def is_system_file(name: str) -> bool:
+    return any(part.startswith(".") or part.casefold() in SYSTEM_NAMES for part in name.split("/"))
+
+
+def zip_name(entry: zipfile.ZipInfo) -> str:
+    """Return the path in a zip as unzip would: UTF-8 if it is, else bytes on Unix and code page 437 elsewhere."""
+    name = entry.filename
+    if not entry.flag_bits & 0x800 and name == entry.orig_filename:  # neither marked as UTF-8 nor from a Unicode field
+        content = name.encode("cp437")
+        try:
+            name = content.decode("utf-8")
+        except UnicodeDecodeError:
+            name = content.decode("utf-8", "surrogateescape") if entry.create_system == 3 else name
+    name = name.replace("\\", "/")  # written by some Windows programs
+    return str(PurePosixPath(name)).lstrip("/") + ("/" if name.endswith("/") else "")
+
+
+def _stats(entry: Path | zipfile.ZipInfo) -> list[int]:
+    """[size, mtime], or [size, CRC] in a zip"""
+    if isinstance(entry, zipfile.ZipInfo):
+        return [entry.file_size, entry.CRC]
+    status = entry.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def decode_image(content: bytes, value_range: list[float] | None = None) -> Image.Image:
     """Decode to RGB: upright (EXIF), transparency over white, first frame of an animation."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit gray, which PIL would clip to 8 bits
-        values = np.asarray(image, dtype=np.float32)
-        return Image.fromarray((values / (256 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        start = f"it starts with {content[:30]!r}" if content else "it is empty"
+        raise UnidentifiedImageError(f"not an image that Pillow can read: {start}") from None
+    ImageOps.exif_transpose(image, in_place=True)  # keeps the format, which determines the range of values
+    image = to_8_bit_srgb(image, value_range)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,18 +1,19 @@
 """data.source=huggingface: datasets of the Hugging Face hub, or local parquet, arrow and imagefolder files."""
 
+import io
 import re
 from pathlib import Path
 
 import numpy as np
 
 from config import DataConfig
-from dataset import TEST, TRAIN, VAL
-from dataset.captions import SPLITS
+from dataset import SPLITS, TEST, TRAIN, VAL, evenly_spaced
+from dataset.color import NUM_PROBED, check_value_range
 from dataset.files import crop_and_resize, decode_image
+from dataset.metadata import CAPTION_COLUMNS
 from utils.errors import UserError
 from utils.files import first_line
 
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -63,9 +64,8 @@ def split_codes(splits: dict, cfg: DataConfig) -> dict[str, int]:
     codes = {name: SPLITS[name.lower()] for name in splits if name.lower() in SPLITS}
     if TRAIN not in codes.values():
         raise UserError(f"data.split: {cfg.path} has no training split; choose one of {', '.join(splits)}")
-    for name, code in codes.items():
-        if name.lower().startswith("test") and any(other != name and codes[other] == VAL for other in codes):
-            codes[name] = TEST
+    if VAL not in codes.values():
+        codes = {name: VAL if code == TEST else code for name, code in codes.items()}
     for name in splits.keys() - codes.keys():
         print(f"note: split {name} of {cfg.path} is left out; to use it alone, set data.split={name}")
     return codes
@@ -123,16 +123,21 @@ def read_captions(column: list, name: str) -> list[list[str]]:
     return captions
 
 
-def image_reader(parts: list, column: str, crop: str, size):
+def image_content(entry) -> bytes | None:
+    """The encoded image of an undecoded row."""
+    return entry if isinstance(entry, bytes) else entry and (entry.get("bytes") or Path(entry["path"]).read_bytes())
+
+
+def image_reader(parts: list, column: str, cfg: DataConfig, crop: str):
     """Return a function from indices into the concatenated parts to decoded images or error messages."""
     starts = np.cumsum([0, *map(len, parts)])
 
     def decode(entry) -> np.ndarray | str:
         try:
-            content = entry if isinstance(entry, bytes) else entry and (entry.get("bytes") or Path(entry["path"]).read_bytes())
+            content = image_content(entry)
             if not content:
                 return "the row has no image"
-            return crop_and_resize(decode_image(content), crop, size)
+            return crop_and_resize(decode_image(content, value_range=cfg.value_range), crop, cfg.image_size)
         except Exception as error:  # PIL raises almost any type on damaged files
             return f"{type(error).__name__}: {error}"
 
@@ -163,6 +168,9 @@ def read_dataset(cfg: DataConfig, crop: str) -> dict:
         parts = [splits[name].cast_column(image_column, datasets.Image(decode=False)) for name in codes]
     except Exception as error:  # not bytes, not a struct of bytes and path: types of several libraries
         raise UserError(f"data.image_column: {image_column} of {cfg.path} holds no images ({first_line(error)})") from None
+    sample = evenly_spaced(np.arange(len(parts[0])), NUM_PROBED)
+    open_file = lambda i: io.BytesIO(image_content(parts[0][int(i)][image_column]))
+    check_value_range(sample, open_file, known=cfg.value_range is not None)
     split = np.repeat(list(codes.values()), [len(part) for part in parts]).astype(np.uint8)
 
     def column(name: str) -> list:
@@ -174,10 +182,10 @@ def read_dataset(cfg: DataConfig, crop: str) -> dict:
         labels.append(values)
     return dict(
         names=[f"{name}-{i:08d}" for name, part in zip(codes, parts) for i in range(len(part))],
-        read=image_reader(parts, image_column, crop, cfg.image_size),
+        read=image_reader(parts, image_column, cfg, crop),
         cache_key=[
             [[name, len(splits[name]), splits[name]._fingerprint] for name in codes],
-            [image_column, label_columns, caption_column],
+            [image_column, label_columns, caption_column, cfg.value_range],
         ],
         split=split if len(codes) > 1 else None,
         labels=np.stack(labels, axis=1) if labels else None,

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config
-from dataset import TRAIN, VAL, evenly_spaced
+from dataset import TEST, TRAIN, VAL, evenly_spaced
 from dataset.sources import SOURCES, Source
 from utils import distributed
 from utils.checksums import checksum, in_background
@@ -29,7 +29,7 @@ MAX_DAMAGED_FRACTION = 0.01  # of unreadable images
 ABORT_AFTER_DAMAGED = 100  # unreadable images
 BLOCK_SIZE = 64  # images per read task and per checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)
-CACHE_VERSION = 4  # increase when the format changes
+CACHE_VERSION = 6  # increase when the format changes
 CHECKSUMS = "checksums.json"  # written last
 TABLES = ("split.npy", "labels.npy", "meta.json")
 
@@ -67,6 +67,20 @@ class DatasetIndex:
     @property
     def image_bytes(self) -> int:
         return self.image_size**2 * 3
+
+    def describe(self) -> list[str]:
+        """Lines of the plan: all files that were found, the splits, labels and captions."""
+        source, num_unused = self.source, len(self.split) - len(self.selected)
+        unused = f"; {num_unused:,} images not used (data.max_train_images)" if num_unused else ""
+        test = f", {self.num_images(TEST):,} for testing" if self.num_images(TEST) else ""
+        lines = [f"dataset: {source.account}{unused}"] if source.account else []
+        lines.append(f"images: {self.num_images(TRAIN):,} for training, {self.num_images(VAL):,} for validation{test}")
+        if source.label_names:
+            names = [f"{name} ({len(values)})" for name, values in source.label_names.items()]
+            lines.append(f"labels: {', '.join(names[:5])}" + (f" and {len(names) - 5} others" if len(names) > 5 else ""))
+        if source.captions is not None:
+            lines.append(f"captions: {sum(map(len, source.captions)):,}")
+        return lines
 
     def load(self) -> Images:
         """Open the cache; rank 0 builds it first if it does not exist."""
@@ -131,8 +145,12 @@ def load_images(config: Config) -> Images:
 
 
 def split_by_name(names: list[str], val_fraction: float) -> np.ndarray:
-    """Assign the lowest name hashes to VAL: independent of order and stable when images are added."""
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha1(names[i].encode()).digest())
+    """Assign the lowest name hashes to VAL: independent of order and stable when images are added.
+
+    Folders that all images share are left out, so that a zip has the split of the folder in it.
+    """
+    num_shared = len("".join(f"{part}/" for part in os.path.commonprefix([name.split("/")[:-1] for name in names])))
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha1(names[i][num_shared:].encode()).digest())
     split = np.full(len(names), TRAIN, dtype=np.uint8)
     split[order[: max(1, round(val_fraction * len(names)))]] = VAL
     return split

@@ -1,7 +1,6 @@
 """Image sources: functions (DataConfig, seed) -> Source, which lists the images of a dataset and reads them."""
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,15 @@ import numpy as np
 from PIL import Image
 
 from config import DataConfig
-from dataset import TRAIN, VAL
+from dataset import TRAIN, VAL, evenly_spaced, without_unused_test
 from dataset import synthetic_faces as faces
-from dataset.captions import SPLITS, Captions, read_coco, read_sidecars
-from dataset.files import Files, crop_and_resize, decode_image
+from dataset.captions import TEXT_SUFFIXES, read_coco, read_sidecars
+from dataset.celeba import read_lists
+from dataset.color import NUM_PROBED, check_value_range
+from dataset.files import TABLE_SUFFIXES, Files, crop_and_resize, decode_image
 from dataset.huggingface import read_dataset
+from dataset.layout import describe_left_out, read_layout
+from dataset.metadata import TABLE_NAMES, Metadata, label_columns
 from utils.errors import UserError
 from utils.files import first_line
 
@@ -31,6 +34,7 @@ class Source:
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)  # K labels, each with the names of its values
     captions: list[list[str]] | None = None  # at least one per image
+    account: str = ""  # one line on the files that were found, used and skipped
 
 
 def crop_name(cfg: DataConfig) -> str:
@@ -40,63 +44,81 @@ def crop_name(cfg: DataConfig) -> str:
 
 def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Source:
     crop = crop_name(cfg)
+    sample = evenly_spaced(np.array(names, dtype=object), NUM_PROBED)
+    check_value_range(sample, files.open, known=cfg.value_range is not None)
 
     def read_one(name: str):
         try:
-            return crop_and_resize(decode_image(files.read(name)), crop, cfg.image_size)
+            return crop_and_resize(decode_image(files.read(name), value_range=cfg.value_range), crop, cfg.image_size)
         except Exception as error:  # PIL raises almost any type on damaged files
             return f"{type(error).__name__}: {error}"
 
     return Source(
         names,
         read=lambda indices: [read_one(names[i]) for i in indices],
-        cache_key=[[n, files.file_stats[n]] for n in names],
+        cache_key=[cfg.value_range, [[n, files.file_stats[n]] for n in names]],
     )
 
 
-def _add_captions(source: Source, captions: Captions) -> None:
-    """Set the captions (empty for images without one) and the split of `source`."""
-    if not captions.texts:
-        return
-    source.captions = [captions.texts.get(n) or [""] for n in source.names]
-    source.cache_key = [source.cache_key, captions.file_stats]
-    num_missing = sum(not captions.texts.get(n) for n in source.names)
-    if num_missing:
-        print(f"note: {num_missing:,} of {len(source.names):,} images have no caption and train the null condition")
-    if captions.splits:
-        source.split = np.array([captions.splits.get(n, TRAIN) for n in source.names], dtype=np.uint8)
+def _add_captions(source: Source, metadata: Metadata) -> None:
+    """Set captions, empty if missing, and the split."""
+    texts, splits = ({n: table[n] for n in source.names if n in table} for table in (metadata.texts, metadata.splits))
+    source.cache_key = [source.cache_key, metadata.file_stats]
+    if any(texts.values()):
+        source.captions = [texts.get(n) or [""] for n in source.names]
+        if num_missing := sum(captions == [""] for captions in source.captions):
+            print(f"note: {num_missing:,} of {len(source.names):,} images have no caption and train the null condition")
+    if splits:
+        source.split = without_unused_test(np.array([splits.get(n, TRAIN) for n in source.names], dtype=np.uint8))
+        if num_missing := len(source.names) - len(splits):
+            print(f"note: {num_missing:,} of {len(source.names):,} images have no split and are used for training")
 
 
 def folder(cfg: DataConfig, seed: int) -> Source:
-    """Any folder or zip of images; subfolders train/, val/, test/ become the split, and folders below them become class labels."""
+    """Any folder or zip of images. Folders and metadata files give the split, labels and captions."""
     files = Files(cfg.path)
-    source = _source_from_files(files, files.images, cfg)
-    _add_captions(source, read_sidecars(files))
-    parents = [Path(n).parent.parts for n in source.names]
-    # Ignore folders that all images share: zips often wrap everything in one.
-    num_shared = len(os.path.commonprefix(parents))
-    subfolders = [parts[num_shared:] for parts in parents]
-    if all(parts and parts[0] in SPLITS for parts in subfolders):
-        if source.split is None:
-            source.split = np.array([SPLITS[parts[0]] for parts in subfolders], dtype=np.uint8)
-        subfolders = [parts[1:] for parts in subfolders]
-    if all(subfolders) and len(classes := sorted({parts[0] for parts in subfolders})) > 1:
-        source.labels = np.array([[classes.index(parts[0])] for parts in subfolders], dtype=np.int64)
-        source.label_names = {"class": classes}
+    layout, metadata = read_layout(files.images), read_sidecars(files, cfg)
+    names = [n for n in files.images if n not in layout.left_out]
+    metadata.splits = layout.splits | metadata.splits
+    source = _source_from_files(files, names, cfg)
+    _add_captions(source, metadata)
+    source.labels, source.label_names = label_columns(metadata, cfg, names)
+    source.cache_key = [source.cache_key, cfg.caption_column, cfg.label_column]
+    if layout.classes and cfg.label_column is None and "class" not in source.label_names:
+        classes = sorted(set(layout.classes.values()))
+        column = np.array([[classes.index(layout.classes[n])] for n in names], dtype=np.int64)
+        source.labels = column if source.labels is None else np.hstack([column, source.labels])
+        source.label_names = {"class": classes} | source.label_names
+    _name_unread(files)
+    source.account = files.account(len(names), describe_left_out(layout.left_out))
     return source
+
+
+def _name_unread(files: Files) -> None:
+    """Name the files that look like captions or labels and are not read."""
+    unread = [n for n in files.file_stats if Path(n).suffix.lower() in TABLE_SUFFIXES and n not in files.texts_read]
+    stems = {str(Path(n).with_suffix("")) for n in files.images}
+    names = dict.fromkeys(f"X{Path(n).suffix} next to X" if str(Path(n).with_suffix("")) in stems else n for n in unread)
+    names = [n for n in names if not re.match("(readme|licen[sc]e)", Path(n).name.lower())]
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+        known = ", ".join([*TABLE_NAMES, *(f"X{suffix}" for suffix in TEXT_SUFFIXES)])
+        print(f"note: not read: {shown}; captions and labels are read from {known}")
 
 
 def coco(cfg: DataConfig, seed: int) -> Source:
     """COCO captions: a folder or zip with annotations/, train2017/ and val2017/."""
     files = Files(cfg.path)
     captions = read_coco(files)
-    source = _source_from_files(files, [n for n in files.images if n in captions.texts], cfg)
+    names = [n for n in files.images if n in captions.texts]
+    source = _source_from_files(files, names, cfg)
     _add_captions(source, captions)
+    source.account = files.account(len(names), {"images without captions": len(files.images) - len(names)})
     return source
 
 
 def celeba(cfg: DataConfig, seed: int) -> Source:
-    """CelebA: img_align_celeba as a folder or zip; list_attr_celeba.txt and list_eval_partition.txt are optional."""
+    """CelebA: img_align_celeba as a folder or zip; its attributes and official split are optional."""
     if cfg.download:
         _download("CelebA", cfg.path, split="all")
     if cfg.path is None:
@@ -111,34 +133,11 @@ def celeba(cfg: DataConfig, seed: int) -> Source:
             f"data.path: {cfg.path} has no image named like CelebA's 000001.jpg; for other images use data.source=folder"
         )
     source = _source_from_files(files, names, cfg)
-    lists = "list_eval_partition.txt", "list_attr_celeba.txt"
-    partition, attributes = map(files.find_lines, lists)
-    source.cache_key = [source.cache_key, [[n, stats] for n, stats in files.file_stats.items() if Path(n).name in lists]]
-    try:
-        if partition:
-            # list_eval_partition.txt uses the same ids as TRAIN, VAL, TEST: 0, 1, 2
-            split_ids = {line.split()[0]: int(line.split()[1]) for line in partition if line.strip()}
-            source.split = np.array([split_ids.get(_celeba_key(n, split_ids), TRAIN) for n in names], dtype=np.uint8)
-        if attributes:
-            columns = attributes[1].split()
-            values = {line.split()[0]: [int(v) > 0 for v in line.split()[1:]] for line in attributes[2:] if line.strip()}
-            missing = [n for n in names if len(values.get(_celeba_key(n, values), ())) != len(columns)]
-            if missing:
-                raise UserError(
-                    f"{cfg.path}: list_attr_celeba.txt has no complete line for {missing[0]} and {len(missing) - 1} others: "
-                    f"use the complete file, or remove it to train without labels"
-                )
-            source.labels = np.array([values[_celeba_key(n, values)] for n in names], dtype=np.int64)
-            source.label_names = {column.lower(): ["no", "yes"] for column in columns}
-    except (IndexError, ValueError) as error:
-        raise UserError(f"{cfg.path}: CelebA's list files have an unexpected format ({first_line(error)})") from None
+    lists = read_lists(files, names)
+    source.split, source.labels, source.label_names = lists.split, lists.labels, lists.label_names
+    source.cache_key = [source.cache_key, lists.file_stats]
+    source.account = files.account(len(names), {"images with other names": len(files.images) - len(names)})
     return source
-
-
-def _celeba_key(name: str, table: dict) -> str:
-    """Return the listed file name, which is .jpg even for .png images."""
-    base = Path(name).name
-    return base if base in table else Path(base).with_suffix(".jpg").name
 
 
 def cifar10(cfg: DataConfig, seed: int) -> Source:

@@ -20,6 +20,7 @@ from evaluation.reports import markdown_table, print_plan, weights_origin, write
 from models.conditioning import Cond
 from pipeline.generate import OutputSpec
 from pipeline.latent_diffusion import LatentDiffusion
+from pipeline.latent_stats import require_finite
 from pipeline.stage_files import load_encodings, load_images_for
 from utils.checkpoints import load_tensors, save_tensors
 from utils.device import pick_device, pick_precision
@@ -98,6 +99,7 @@ def run(config: Config, dry_run: bool) -> None:
 def generate_images(model: LatentDiffusion, cfg: SamplingConfig, cond: Cond, n: int) -> tuple[np.ndarray, dict]:
     """Return uint8 (n, H, W, 3) and the statistics of their latents. Image i has condition i % len(cond[0])."""
     samples = model.generate(cfg.model_copy(update={"cols": 1}), OutputSpec(n, keep_pixels=n), cond)
+    require_finite(samples.moments, cfg)
     return samples.pixel_array(), samples.stats(model.normalizer)
 
 
@@ -159,6 +161,8 @@ def small_set_note(n: int, dim: int) -> str:
 
 
 def error_budget(generated: SetMetrics, val: SetMetrics, reconstructed: SetMetrics) -> str:
+    if val.frechet <= 0:
+        return "No error budget: validation images do not differ from training images."
     return (
         f"Error budget: the Fréchet distance of generated images is {generated.frechet / val.frechet:.2f} times that of "
         f"validation images. Of the difference of {generated.frechet - val.frechet:.1f}, the VAE causes "

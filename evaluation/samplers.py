@@ -16,6 +16,7 @@ from evaluation.reports import markdown_table, print_plan, weights_origin, write
 from models.conditioning import Cond
 from pipeline.generate import OutputSpec
 from pipeline.latent_diffusion import LatentDiffusion
+from pipeline.latent_stats import require_finite
 from pipeline.stage_files import encodings_path
 from sampling import num_evaluations
 from utils.device import num_params, pick_device, pick_precision
@@ -125,6 +126,7 @@ def compare_samplers(config: Config, model: LatentDiffusion, val_z: Tensor, cond
         for run in runs:
             started = time.monotonic()
             samples = model.generate(run, spec, cond, progress=bar)
+            require_finite(samples.moments, run)
             seconds = time.monotonic() - started
             z = torch.stack([samples.latents[i] for i in range(cfg.num_images)])
             ode_solution = z if ode_solution is None else ode_solution

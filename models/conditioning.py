@@ -4,10 +4,10 @@ A condition is a tuple of tensors with one row per image. Only the conditioner i
 condition for classifier-free guidance.
 """
 
-import re
 import unicodedata
 from dataclasses import dataclass
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -178,9 +178,16 @@ class TextEmbedder(Conditioner):
         return tokens, mask
 
 
+# Scripts without spaces between words: each character with its combining marks (a grapheme) is a word.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+# Vowel signs and joiners continue a word of other scripts. Variation selectors belong to emoji.
+LETTERS = rf"[[\p{{L}}\p{{N}}]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{Mn}}\p{{Mc}}\u200c\u200d]--[{UNSPACED}\uFE00-\uFE0F]]*"
+WORD = regex.compile(rf"(?=[[{UNSPACED}]&&[\p{{L}}\p{{N}}]])\X\p{{M}}*|{LETTERS}(?:'{LETTERS})?", regex.V1)
+
+
 def split_words(caption: str) -> list[str]:
     """Lowercase words and numbers of any script, NFC-normalized."""
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)?", unicodedata.normalize("NFC", caption).lower())
+    return WORD.findall(unicodedata.normalize("NFC", caption).lower())
 
 
 CONDITIONERS = {"labels": LabelEmbedder, "words": WordEncoder, "text": TextEmbedder}

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from config import SamplingConfig
 from models.normalizer import Normalizer
+from utils.errors import UserError
 
 
 class Moments:
@@ -31,6 +32,14 @@ class Moments:
     def overall_std(self) -> float:
         """Std over all values of all channels."""
         return float((self.sum_squares.mean() / self.n - (self.sum.mean() / self.n) ** 2).clamp(min=0).sqrt())
+
+
+def require_finite(moments: Moments, cfg: SamplingConfig) -> None:
+    if not torch.isfinite(moments.sum_squares).all():
+        raise UserError(
+            f"sampling produced NaN or infinity: use sampling.x0_clamp=range (got {cfg.x0_clamp}) and a smaller "
+            f"sampling.guidance (got {cfg.guidance:g})"
+        )
 
 
 def latent_stats(moments: Moments, normalizer: Normalizer, clamped: float, out_of_range: float) -> dict:

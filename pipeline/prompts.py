@@ -1,5 +1,6 @@
 """Requested labels and prompts -> conditions, one per row of the grid."""
 
+import unicodedata
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,10 +10,11 @@ from config import Config, SamplingConfig
 from dataset import evenly_spaced
 from dataset.encodings import CaptionEmbeddings
 from dataset.text_encoder import TextEncoder
-from models.conditioning import Cond, Conditioner, LabelEmbedder, WordEncoder
+from models.conditioning import Cond, Conditioner, LabelEmbedder, WordEncoder, split_words
 from utils.errors import UserError
 
 MAX_LISTED = 20  # values listed in an error message
+YES_NO = {"true": "yes", "on": "yes", "false": "no", "off": "no"}
 
 
 @dataclass
@@ -48,7 +50,12 @@ def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.
     titles = [] if cfg.prompts is None else prompts
     if isinstance(conditioner, WordEncoder):
         token_ids, unknown_words = conditioner.encode(prompts)
-        warnings = [f"warning: {word!r} is not in the model's vocabulary" for word in sorted(unknown_words)]
+        warnings = [f"warning: {word!r} is not in the model's vocabulary" for word in sorted(unknown_words)[:MAX_LISTED]]
+        if len(unknown_words) > MAX_LISTED:
+            warnings.append(f"warning: {len(unknown_words) - MAX_LISTED:,} more words are not in the model's vocabulary")
+        num_long = sum(len(split_words(prompt)) > conditioner.max_words for prompt in prompts)
+        if num_long:
+            warnings.append(f"warning: {num_long} prompts are longer than {conditioner.max_words} words and were truncated")
         return Prompts(titles, (token_ids.to(device),), warnings)
     explicit = "model" in config.text.model_fields_set  # else use the encoder of training
     encoder = TextEncoder(config.text.model if explicit else conditioner.model, device)
@@ -78,8 +85,8 @@ def _from_labels(cfg: SamplingConfig, conditioner: LabelEmbedder, device) -> Pro
     return Prompts(titles, (torch.tensor(rows, device=device),))
 
 
-def _parse_label(entry, label_names: dict[str, list[str]]) -> list[tuple[str, object]]:
-    """An entry of sampling.labels -> (label, value) pairs. 3 or "cat": the value of the only label; a mapping: any."""
+def _parse_label(entry: str | dict[str, str], label_names: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """An entry of sampling.labels -> (label, value) pairs. "3" or "cat": the value of the only label; a mapping: any."""
     if isinstance(entry, dict):
         for label in entry:
             if label not in label_names:
@@ -95,12 +102,14 @@ def _parse_label(entry, label_names: dict[str, list[str]]) -> list[tuple[str, ob
     return [(next(iter(label_names)), entry)]
 
 
-def _class_index(label: str, value, classes: list[str]) -> int:
-    value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value  # YAML reads yes and no as booleans
-    if str(value) in classes:  # names before indices: a class may be named 10
-        return classes.index(str(value))
-    if isinstance(value, int) and 0 <= value < len(classes):
-        return value
+def _class_index(label: str, value: str, classes: list[str]) -> int:
+    value, names = unicodedata.normalize("NFC", value), {unicodedata.normalize("NFC", c): i for i, c in enumerate(classes)}
+    # Names before indices: a class may be named 10, and 010 is not 10.
+    for name in (value, YES_NO.get(value.lower())):
+        if name in names:
+            return names[name]
+    if value in (indices := [str(i) for i in range(len(classes))]):
+        return indices.index(value)
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
     more = " …" if len(classes) > MAX_LISTED else ""
     raise UserError(f"sampling.labels: {label} has no value {value!r}; its values are {listed}{more}")

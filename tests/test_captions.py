@@ -61,9 +61,10 @@ def test_changed_captions_are_read_again(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"file_name": "99.jpg", "captions": ["x"]}', r"captions for images that do not exist: 99.jpg \(line 2\): add"),
-    ('{"file_name": "01.jpg", "captions": ["x"]', "line 2: expected an object with file_name and captions"),
-    ('{"captions": ["x"]}', "line 2: expected an object with file_name and captions"),
+    ('{"file_name": "99.jpg", "captions": ["x"]}', r"a row for 99.jpg \(line 2\), which does not exist"),
+    ('{"file_name": "01.jpg", "captions": ["x"]', "line 2: not JSON"),
+    ('["01.jpg", "x"]', "line 2: expected an object with file_name"),
+    ('{"captions": ["x"]}', "line 2: expected the path of an image in file_name"),
 ])  # fmt: skip
 def test_bad_jsonl(image_folder, tmp_path, line, message):
     (image_folder / "captions.jsonl").write_text('{"file_name": "00.jpg", "captions": ["a"]}\n' + line)

@@ -1,9 +1,12 @@
 """Conditioning on labels, words and CLIP embeddings, guidance on real networks, and the transformer bottleneck."""
 
 import json
+import re
 import shutil
+import unicodedata
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import Experiment
@@ -11,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dataset import TRAIN, conditions
+from dataset import TRAIN, conditions, synthetic_faces
 from dataset.encodings import CaptionEmbeddings, LatentDataset
 from dataset.text_encoder import TextEncoder
 from evaluation.generation import generate_images
@@ -103,6 +106,71 @@ def test_splitting_and_encoding_words():
     words = WordEncoder(["dog", "red"], 4, width=8, max_words=3)
     token_ids, unknown_words = words.encode(["red dog", "", "dog cat red red red"])
     assert token_ids.tolist() == [[1, 4, 3, 0], [1, 0, 0, 0], [1, 3, 2, 4]] and unknown_words == {"cat"}
+
+
+def test_english_words_are_those_of_a_plain_expression():
+    """Runs of letters and digits, with one apostrophe inside, whatever stands between them."""
+    plain = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+    captions = synthetic_faces.captions(0, np.arange(200))
+    random, alphabet = np.random.default_rng(0), [*map(chr, range(32, 0x180)), *"''--_…’“½²™€😀", "1\ufe0f\u20e3"]
+    alphabet.remove("İ")  # its lowercase is i and a combining dot
+    captions += ["".join(random.choice(alphabet, 60)) for _ in range(500)]
+    assert all(split_words(caption) == plain.findall(caption.lower()) for caption in captions)
+
+
+@pytest.mark.parametrize(
+    "caption, words",
+    [
+        ("हिन्दी में एक कुत्ता", ["हिन्दी", "में", "एक", "कुत्ता"]),  # vowel signs are marks
+        ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+        ("Yorùbá ọ́kọ́", ["yorùbá", "ọ́kọ́"]),
+        ("کتاب‌ها", ["کتاب‌ها"]),  # zero-width non-joiner
+        ("한국어 문장", ["한국어", "문장"]),
+        ("红色的狗, a red狗 2", ["红", "色", "的", "狗", "a", "red", "狗", "2"]),
+        ("赤いコーヒー", ["赤", "い", "コ", "ー", "ヒ", "ー"]),
+        ("น้ำดี", ["น้ำ", "ดี"]),  # one word per grapheme
+        ("မြန်မာ", ["မြ", "န်", "မာ"]),
+    ],
+)
+def test_words_of_every_script(caption, words):
+    assert split_words(caption) == [unicodedata.normalize("NFC", word) for word in words]
+
+
+@pytest.mark.parametrize(
+    "classes, value, index",
+    [
+        ([f"{i:03d}" for i in range(12)], "010", 10),
+        ([f"{i:03d}" for i in range(12)], "8", 8),
+        (["8", "9", "010"], "010", 2),
+        (["off", "on"], "on", 1),
+        (["1e3", "no", "yes"], "no", 1),
+        (["no", "yes"], "true", 1),
+        (["cafe\u0301", "tea"], "caf\u00e9", 0),
+        (["a", "b"], "01", None),
+        (["a", "b"], "2", None),
+        (["a", "b"], "²", None),
+        (["a", "b"], "-1", None),
+    ],
+)
+def test_labels_by_name_before_index(classes, value, index):
+    conditioner = LabelEmbedder({"class": classes}, 4)
+    config = load_config(None, ["diffusion.condition=class", f"sampling.labels=[{value}]"])
+    if index is None:
+        with pytest.raises(UserError, match=f"class has no value '{value}'; its values are 0 a, 1 b"):
+            prompts.read_prompts(config, conditioner, torch.device("cpu"))
+    else:
+        result = prompts.read_prompts(config, conditioner, torch.device("cpu"))
+        assert result.cond[0].tolist() == [[index]] and result.titles == [classes[index]]
+
+
+def test_long_prompts_are_reported():
+    conditioner = WordEncoder(["a"], 4, width=8, max_words=3)
+    options = ["diffusion.condition=text", "text.encoder=words", "diffusion.cross_attn_resolutions=[8]"]
+    texts = ", ".join(["a a a", "a a a a", " ".join(f"word{i}" for i in range(30))])
+    config = load_config(None, [*options, f"sampling.prompts=[{texts}]"])
+    warnings = prompts.read_prompts(config, conditioner, torch.device("cpu")).warnings
+    assert "warning: 2 prompts are longer than 3 words and were truncated" in warnings
+    assert len(warnings) == 22 and "warning: 10 more words are not in the model's vocabulary" in warnings
 
 
 def test_vocabulary_contains_repeated_words_and_pairs():
@@ -353,7 +421,7 @@ def test_a_model_with_one_label_samples_every_class_by_default(experiment, image
     grid = Image.open(experiment.folder / "results" / "tiny_cosine_ddim_2x2_w3.png")
     assert json.loads(grid.text["prompts"]) == ["cats", "dogs"]
     assert experiment.run("infer", *options, "sampling.labels=[dogs, 2]") == 2
-    assert "class has no value 2; its values are 0 cats, 1 dogs" in capsys.readouterr().err
+    assert "class has no value '2'; its values are 0 cats, 1 dogs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [CLASSES, WORDS], ids=["classes", "words"])
@@ -372,7 +440,7 @@ def test_resuming_with_conditions_is_bitwise_exact(conditional, tmp_path, option
 @pytest.mark.parametrize(
     "model, options, message",
     [
-        (CLASSES, ["sampling.labels=[{hair_color: 6}]"], "hair_color has no value 6; its values are 0 black"),
+        (CLASSES, ["sampling.labels=[{hair_color: 6}]"], "hair_color has no value '6'; its values are 0 black"),
         (
             CLASSES,
             ["sampling.labels=[{smell: 1}]"],
@@ -681,6 +749,6 @@ def test_text_conditioning_without_an_encoder_names_the_setting():
 
 def test_class_names_take_precedence_over_class_indices():
     classes = ["1", "10", "2"]
-    assert [prompts._class_index("class", value, classes) for value in (1, 10, "2", 0)] == [0, 1, 2, 0]
+    assert [prompts._class_index("class", value, classes) for value in ("1", "10", "2", "0")] == [0, 1, 2, 0]
     all_classes = prompts.read_prompts(load_config(None), LabelEmbedder({"class": classes}, 8), torch.device("cpu"))
     assert all_classes.cond[0].tolist() == [[0], [1], [2]]

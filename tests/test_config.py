@@ -3,10 +3,14 @@
 import subprocess
 import sys
 
+import lpips
 import pytest
+import torch
+import torchvision
 from conftest import ROOT
 
-from config import Config
+from config import MIN_PERCEPTUAL_SIZES, Config
+from models.perceptual import VGG19_LAYERS
 from utils.errors import UserError
 from utils.settings import help_text, load_config, walk
 
@@ -31,6 +35,46 @@ def test_yaml_and_overrides(tmp_path):
     assert config.vae.lr == 1e-4 and config.vae.channels == [16, 32]
     assert config.diffusion_name == "linear" and config.sampling.x0_clamp == "none"
     assert load_config(path).sampling.x0_clamp == 1.0
+
+
+TEXTS = ("photos #2 (best)", "[old] set", "my: set", "{x}", "2024", "010", "no", "1e3", "2024-99-99", "'quoted'", "~user x")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_settings_are_taken_literally(text):
+    config = load_config(None, [f"data.path=/{text}", f"data.caption_column={text}", f"text.model={text}", "diffusion.name=010"])
+    assert (config.data.path, config.data.caption_column, config.text.model) == (f"/{text}", text, text)
+    assert config.diffusion_name == "010" and load_config(None, ["data.path=null"]).data.path is None
+
+
+def test_labels_are_text_on_the_command_line_and_in_files(tmp_path):
+    labels = ["010", "on", "no", "1e3", "1_0", "2024-01-01", {"glasses": "yes", "010": "0x1F"}]
+    text = "[010, on, no, 1e3, 1_0, 2024-01-01, {glasses: yes, 010: 0x1F}]"
+    assert load_config(None, [f"sampling.labels={text}"]).sampling.labels == labels
+    path = write(tmp_path, f"name: 010\nsampling: {{labels: {text}, steps: 0x10}}\ndiffusion: {{labels: [no, 010]}}\n")
+    config = load_config(path, ["sampling.prompts=null"])
+    assert config.sampling.labels == labels and config.sampling.steps == 16
+    assert config.diffusion.labels == ["no", "010"] and config.name == "010" and config.sampling.prompts is None
+
+
+@pytest.mark.parametrize("net", MIN_PERCEPTUAL_SIZES)
+def test_smallest_images_of_perceptual_networks(net):
+    """On the meta device, which checks shapes without computing."""
+    smallest = MIN_PERCEPTUAL_SIZES[net]
+    with torch.device("meta"):
+        if net == "vgg19":
+            layers = torchvision.models.vgg19().features[: VGG19_LAYERS[-1] + 1]
+        else:
+            layers = lpips.LPIPS(net=net, pnet_rand=True, lpips=False, verbose=False).net
+        layers(torch.zeros(1, 3, smallest, smallest))
+        with pytest.raises(RuntimeError):
+            layers(torch.zeros(1, 3, smallest - 1, smallest - 1))
+    channels = ["vae.channels=[8]", "diffusion.channels=[8]", f"vae.perceptual.net={net}"]
+    assert load_config(None, [f"data.image_size={max(smallest, 8)}", *channels])
+    if smallest > 8:
+        message = rf"data.image_size must be at least {smallest} if vae.perceptual.net={net} \(got {smallest - 1}\)"
+        with pytest.raises(UserError, match=message):
+            load_config(None, [f"data.image_size={smallest - 1}", *channels])
 
 
 def test_base_config_is_merged_key_by_key(tmp_path):
@@ -88,7 +132,7 @@ def test_all_errors_are_reported_together():
         ("sampling.guidance_rescale=0.7", "guidance_rescale has no effect if sampling.guidance=1"),
         ("sampling.sampler=eulr", "ancestral"),
         ("compile=maybe", r"^compile must be 'auto' or a valid boolean \(got 'maybe'\)$"),
-        ("sampling.labels=[[1]]", r"^sampling.labels.0 must [^:]*\(got \[1\]\)$"),
+        ("sampling.labels=[[1]]", r"^sampling.labels.0 must [^:]*\(got \['1'\]\)$"),
         ("sampling.x0_clamp=-1.0", "x0_clamp"),
         ("diffusion.name=vae", "diffusion.name must not be 'vae'"),
         ("name=../x", "name"),
@@ -97,7 +141,9 @@ def test_all_errors_are_reported_together():
         ("seed.x=3", "seed"),
         ("vae.lr=[", "cannot read"),
         ("vae.lr=.inf", "finite"),
-        ("name=2024-99-99", "cannot read"),
+        ("sampling.steps=2024-99-99", "cannot read"),
+        ("name=" + 61 * "x", "name must have at most 60 characters"),
+        ("data.value_range=[1, 1]", "data.value_range must be two different values"),
         ("seed=99999999999999999999", "seed"),
         ("diffusion.channels=[130, 256]", "multiple of 4"),
         ("diffusion.name=encodings.pt", "diffusion.name must not be 'encodings.pt'"),

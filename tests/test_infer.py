@@ -11,6 +11,7 @@ from PIL import Image
 import infer
 from utils import cli
 from utils.checkpoints import load_weights, save_weights
+from utils.images import LINE_HEIGHT, MAX_TITLE_LINES, image_grid
 
 ROW_OF_3 = ("sampling.rows=1", "sampling.cols=3")
 ROW_OF_2 = ("sampling.rows=1", "sampling.cols=2")
@@ -166,3 +167,39 @@ def test_mask_of_another_size(trained, face, tmp_path, capsys):
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     assert trained.run("infer", f"sampling.image={face}", f"sampling.mask={tmp_path}/mask.png") == 2
     assert "mask.png must be 16x16, the size of the model (got 8x8)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stem, short", [
+    ("my-face.1", "my-face.1"),
+    ("图" * 80, "图" * 16),
+    ("download_of_a_very_long_title_" * 8, "download_of_a_very_long_title_download_of_a_very"),
+    ("cat #2 50%", "cat_2_50_"),
+    ("caf\udce9", "caf_"),
+])  # fmt: skip
+def test_output_names_of_any_image(trained, tmp_path, stem, short):
+    path = tmp_path / f"{stem}.png"
+    noise_image(0, 16, 16).save(path)
+    options = (f"sampling.image={path}", "sampling.trajectory_frames=2", "sampling.save_images=true")
+    for _ in range(2):
+        assert trained.run("infer", *ROW_OF_2, *options) == 0
+    grid = grid_path(trained, f"ddim_1x2_from_{short}")
+    assert grid.exists() and grid.with_name(f"{grid.stem}_strip.gif").exists() and (grid.with_suffix("") / "000001.png").exists()
+    assert not grid.with_name(f"{grid.stem}-2.png").exists()
+
+
+def test_a_long_title_is_shortened():
+    image = image_grid(np.zeros((2, 16, 16, 3), dtype=np.uint8), 2, titles=["word " * 10_000])
+    assert image.height <= MAX_TITLE_LINES * LINE_HEIGHT + 16
+    assert image_grid(np.zeros((2, 16, 16, 3), dtype=np.uint8), 2, titles=["word"]).height == LINE_HEIGHT + 16
+
+
+def test_overflow_is_one_line(trained, tmp_path, capsys):
+    """Autoguidance with the same network: the difference is zero, and zero times infinity is NaN."""
+    weights = trained.run_dir / "cosine" / "unet.safetensors"
+    options = (f"sampling.autoguidance={weights}", "sampling.guidance=1e39", "sampling.x0_clamp=none")
+    assert trained.run("infer", *ROW_OF_2, *options, f"results_dir={tmp_path}") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "error: sampling produced NaN or infinity: use sampling.x0_clamp=range (got none) and a smaller sampling.guidance "
+        "(got 1e+39)"
+    )
+    assert not list(tmp_path.iterdir())

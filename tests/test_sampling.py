@@ -180,6 +180,16 @@ def test_spacings_uniform_in_t(spacing, expected):
     assert timesteps(LINEAR, 5, spacing, sigma_max=1e9) == expected
 
 
+@pytest.mark.parametrize("steps", [300, 500, 600, 989])
+def test_leading_spacing_starts_near_pure_noise(steps):
+    """With an exact denoiser of N(1, 0.5²), DDIM from pure noise gives that mean. From t = 499 it would be 0.55."""
+    visited = timesteps(COSINE, steps, "leading")
+    usable = timesteps(COSINE, 1000)[0] + 1
+    assert visited == [i * usable // steps for i in range(steps)][::-1]  # tau_i = floor(c i) of DDIM
+    z = sample(gaussian_denoiser(COSINE, 1.0, 0.5), noise(64), COSINE, "ddim", steps, spacing="leading")
+    assert float(z.mean()) == pytest.approx(1.0, abs=0.01) and float(z.std()) == pytest.approx(0.5, abs=0.02)
+
+
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 @pytest.mark.parametrize("spacing", ["logsnr", "karras"])
 def test_spacings_by_noise_level(spacing, schedule):

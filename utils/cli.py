@@ -18,6 +18,7 @@ from typing import Callable
 
 from config import Config
 from utils.errors import Diverged, Stopped, UserError
+from utils.files import printable
 from utils.settings import DEFAULT_CONFIG, help_text, load_config
 
 # Large pages for CPU tensors: training is up to 1.4x faster. Read when torch is imported.
@@ -80,7 +81,9 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     """Call work(config, dry_run) and return the exit code. Expected errors are printed as one line."""
     global command
     argv = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", Path(sys.modules[work.__module__].__file__).name, *argv])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: paths need not be UTF-8
+    command = printable(shlex.join(["python", Path(sys.modules[work.__module__].__file__).name, *argv]))
     if HELP_FLAGS & set(argv):
         print(help_text(doc))
         return 0

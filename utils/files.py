@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import unicodedata
 from itertools import count
 from pathlib import Path
 from typing import Any, Callable
@@ -100,6 +101,12 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(f"{folder} needs {needed_bytes / 1e6:,.0f} MB of disk space, but only {free / 1e6:,.0f} MB are free")
+
+
+def printable(name: str) -> str:
+    """Return a file name on one line of valid UTF-8: other bytes and control characters are escaped."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def first_line(error: Exception) -> str:

@@ -12,13 +12,15 @@ from torch import Tensor
 from utils.files import write_atomically
 
 FONT_SIZE, LINE_HEIGHT, MAX_CHAR_WIDTH = 11, 14, 6  # pixels
+MAX_TITLE_LINES = 20  # longer titles are shortened
 
 
 def image_grid(images: np.ndarray, cols: int, gap: int = 2, titles: list[str] = ()) -> Image.Image:
     """Arrange uint8 (N, H, W, 3) in rows of `cols` images. titles[i] is written above row i."""
     n, h, w, _ = images.shape
     rows, width = -(-n // cols), cols * (w + gap) - gap
-    wrapped = [textwrap.wrap(title, max(8, width // MAX_CHAR_WIDTH)) or [""] for title in titles]
+    wrap = textwrap.TextWrapper(max(8, width // MAX_CHAR_WIDTH), max_lines=MAX_TITLE_LINES, placeholder=" …").wrap
+    wrapped = [wrap(title) or [""] for title in titles]
     title_height = LINE_HEIGHT * max(map(len, wrapped), default=0)
     row_height = title_height + h + gap
     canvas = Image.new("RGB", (width, rows * row_height - gap), "white")

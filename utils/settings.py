@@ -5,7 +5,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from config import Config
 from utils.errors import UserError
 
+NULLS = ("", "null")  # values of text settings that are not taken literally
 DEFAULT_CONFIG = "configs/celeba64.yaml"
 
 
@@ -40,10 +41,16 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
     A single UserError lists all bad keys and values.
     """
     tree = _read_with_base(Path(path)) if path else {}
+    annotations = {name: field.annotation for name, field in walk(Config)}
     for override in overrides:
         key, text = override.split("=", 1)
+        annotation = annotations.get(key, Any)
         try:
-            value = yaml.load(text, _Loader)
+            # Text is taken literally: a path may contain " #" or ": ".
+            types = _types(annotation)
+            is_structure = (list in types or dict in types) and text.lstrip().startswith(("[", "{"))
+            is_text = str in types and not is_structure and text not in NULLS
+            value = text if is_text else _load_yaml(text, annotation)
         except (yaml.YAMLError, TypeError, ValueError):
             raise UserError(f"{key}: cannot read the value {text!r}") from None
         section = tree
@@ -59,6 +66,39 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
         raise UserError(_describe(error)) from None
 
 
+def _load_yaml(text: str, annotation) -> Any:
+    """Parse YAML for a setting of this type. Values of text settings stay text: 010, no and 1e3 may be names."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _keep_text(node, annotation)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _keep_text(node: yaml.Node, annotation) -> None:
+    """Tag the scalars of text settings as strings, except null."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
+            if field := annotation.model_fields.get(key_node.value if isinstance(key_node.value, str) else ""):
+                _keep_text(value_node, field.annotation)
+    elif isinstance(node, yaml.ScalarNode):
+        if str in _types(annotation) and node.tag != "tag:yaml.org,2002:null":
+            node.tag = "tag:yaml.org,2002:str"
+    else:
+        children = node.value if isinstance(node, yaml.SequenceNode) else [child for pair in node.value for child in pair]
+        for child in children:
+            _keep_text(child, annotation)
+
+
+def _types(annotation) -> list:
+    """The types that a setting consists of, for example Union, list and str."""
+    return [get_origin(annotation) or annotation, *(t for argument in get_args(annotation) for t in _types(argument))]
+
+
 def _read_with_base(path: Path) -> dict:
     tree = _read_yaml(path)
     base = tree.pop("base", None)
@@ -72,7 +112,7 @@ def _read_with_base(path: Path) -> dict:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = _load_yaml(path.read_text(encoding="utf-8"), Config)
     except FileNotFoundError:
         configs = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         raise UserError(

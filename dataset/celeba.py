@@ -1,0 +1,75 @@
+"""CelebA's list_attr_celeba and list_eval_partition, as .txt or as Kaggle's .csv: attributes and official split."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from dataset.files import Files
+from utils.errors import UserError
+from utils.files import first_line
+
+PARTITION, ATTRIBUTES = "list_eval_partition", "list_attr_celeba"
+SUFFIXES = (".txt", ".csv")
+LIST_FOLDERS = (".", "Anno", "Eval")  # of the folders around the images, as in the original download
+
+
+@dataclass
+class CelebALists:
+    split: np.ndarray | None = None  # (N,) the lists have the same ids: 0 train, 1 val, 2 test
+    labels: np.ndarray | None = None  # (N, K) int64
+    label_names: dict[str, list[str]] = field(default_factory=dict)
+    file_stats: list = field(default_factory=list)
+
+
+def read_lists(files: Files, names: list[str]) -> CelebALists:
+    """Read the lists from data.path or the folders around it."""
+    lists = CelebALists()
+    if (partition := _read_list(files, PARTITION, lists)) is not None:
+        lists.split = np.array(_rows_of(names, partition, 1, PARTITION), dtype=np.uint8)[:, 0]
+    else:
+        print(f"note: no {PARTITION}.txt or .csv in or next to {files.path}: CelebA's official split is not used")
+    if (attributes := _read_list(files, ATTRIBUTES, lists)) is not None:
+        columns = attributes.pop("")
+        lists.labels = (np.array(_rows_of(names, attributes, len(columns), ATTRIBUTES)) > 0).astype(np.int64)
+        lists.label_names = {column.lower(): ["no", "yes"] for column in columns}
+    return lists
+
+
+def _read_list(files: Files, stem: str, lists: CelebALists) -> dict[str, list] | None:
+    """Return {image: numbers}, and {"": column names} of the attributes; None if there is no such list."""
+    for name, content in _candidates(files, stem):
+        lists.file_stats.append([name, hashlib.sha256(content.encode()).hexdigest()])
+        rows = [line.replace(",", " ").split() for line in content.splitlines() if line.strip()]
+        table: dict[str, list] = {}
+        try:
+            if name.endswith(".csv"):
+                header, *rows = rows
+                table = {"": header[1:]} if stem == ATTRIBUTES else {}
+            elif stem == ATTRIBUTES:
+                _, table[""], *rows = rows  # the first line is the number of images
+            return table | {image: [int(number) for number in numbers] for image, *numbers in rows}
+        except ValueError as error:
+            raise UserError(f"{name}: CelebA's list has an unexpected format ({first_line(error)})") from None
+    return None
+
+
+def _candidates(files: Files, stem: str):
+    """Yield (path, content) of lists in data.path, then of those in the two folders around it."""
+    for name in files.file_stats:
+        if PurePosixPath(name).stem == stem and PurePosixPath(name).suffix in SUFFIXES:
+            yield name, files.read_text(name)
+    for parent in list(files.path.absolute().parents)[:2]:
+        for path in (parent / folder / (stem + suffix) for folder in LIST_FOLDERS for suffix in SUFFIXES):
+            if path.is_file():
+                yield str(path), path.read_text(encoding="utf-8-sig", errors="replace")
+
+
+def _rows_of(names: list[str], table: dict[str, list], length: int, stem: str) -> list[list]:
+    """Rows of the images. The lists name .jpg files even for .png images."""
+    rows = [table.get(Path(n).name, table.get(Path(n).with_suffix(".jpg").name, ())) for n in names]
+    missing = [name for name, row in zip(names, rows) if len(row) != length]
+    if missing:
+        raise UserError(f"{stem} has no complete line for {missing[0]} and {len(missing) - 1} others")
+    return rows

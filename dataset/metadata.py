@@ -1,0 +1,185 @@
+"""metadata.csv, metadata.jsonl and captions.jsonl: captions, splits and labels (Hugging Face's imagefolder convention)."""
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Iterator
+
+import numpy as np
+
+from config import DataConfig
+from dataset import SPLITS
+from dataset.files import Files
+from utils.errors import UserError
+from utils.files import printable
+
+TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "captions.jsonl")
+CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")  # the first that is not empty
+MAX_CLASSES = 1000  # values of a label
+MIN_IMAGES_PER_CLASS = 2  # on average; a column with more values is text or a number of the image
+
+
+@dataclass
+class Metadata:
+    """Captions, splits and labels by image; empty if there are none."""
+
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    splits: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, dict[str, object]] = field(default_factory=dict)  # further columns -> image -> value
+    file_stats: list = field(default_factory=list)  # [path, stats] of each file
+
+
+def read_tables(files: Files, cfg: DataConfig) -> Metadata:
+    """Read all tables. Paths in a table are relative to its folder; an image may have several rows, each with captions."""
+    metadata, known_columns = Metadata(), set()
+    images = {unicodedata.normalize("NFC", name): name for name in files.images}
+    for table in files.file_stats:
+        if PurePosixPath(table).name.casefold() not in TABLE_NAMES:
+            continue
+        metadata.file_stats.append([table, files.file_stats[table]])
+        missing = []
+        for line, row in _rows(files, table):
+            where = f"data.path: {table}, line {line}"
+            known_columns |= row.keys()
+            image = _find_image(row.get("file_name"), table, images, where)
+            if image is None:
+                missing.append(f"{row['file_name']} (line {line})")
+            else:
+                _add_row(metadata, image, row, cfg, where)
+        reject_missing(missing, table, "a row")
+    for key in ("caption_column", "label_column"):
+        if (column := getattr(cfg, key)) is not None and column not in known_columns:
+            columns = ", ".join(sorted(known_columns)) or "there is no metadata.csv or metadata.jsonl"
+            raise UserError(f"data.{key}: no metadata file has a column {column!r} ({columns})")
+    return metadata
+
+
+def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
+    """Yield (line number, row)."""
+    content = files.read_text(table)
+    if table.casefold().endswith(".csv"):
+        header = content.split("\n", 1)[0]
+        # Spreadsheets of some countries write semicolons.
+        delimiter = next((d for d in ",;\t" if "file_name" in re.split(f'[{d}"\r]', header)), ",")
+        reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
+        try:
+            for row in reader:
+                if None in row:
+                    raise csv.Error(f"more values than the {len(reader.fieldnames)} columns")
+                yield reader.line_num, {column: value or None for column, value in row.items()}
+        except csv.Error as error:
+            raise UserError(f"data.path: {table}, line {reader.line_num}: {error}") from None
+        return
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would also split at separators inside strings
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"data.path: {table}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"data.path: {table}, line {number}: expected an object with file_name (got {line[:40]})")
+        yield number, row
+
+
+def _find_image(file_name, table: str, images: dict[str, str], where: str) -> str | None:
+    if not isinstance(file_name, str):
+        raise UserError(f"{where}: expected the path of an image in file_name (got {file_name!r})")
+    for path in (file_name, file_name.replace("\\", "/")):
+        name = str(PurePosixPath(table).parent / PurePosixPath(path))
+        if image := images.get(unicodedata.normalize("NFC", printable(name))):
+            return image
+    return None
+
+
+def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: str) -> None:
+    candidates = CAPTION_COLUMNS if cfg.caption_column is None else (cfg.caption_column,)
+    caption_column = next((column for column in candidates if row.get(column) is not None), None)
+    texts = [] if caption_column is None else row[caption_column]
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: {caption_column} must be a string or a list of strings (got {str(texts)[:60]})")
+    if texts := [" ".join(text.split()) for text in texts if text.strip()]:
+        metadata.texts.setdefault(image, []).extend(texts)
+    split = row.get("split")
+    if split is not None and (not isinstance(split, str) or split.casefold() not in SPLITS):
+        raise UserError(f"{where}: split must be one of {', '.join(SPLITS)} (got {split!r})")
+    if split is not None:
+        metadata.splits[image] = SPLITS[split.casefold()]
+    for column in row.keys() - {"file_name", "split", caption_column}:
+        if row[column] is not None:
+            values = metadata.columns.setdefault(column, {})
+            # None marks a column whose value differs between rows of one image.
+            values[image] = row[column] if values.get(image, row[column]) == row[column] else None
+
+
+def reject_missing(missing: list[str], name: str, what: str) -> None:
+    if missing:
+        rest = f" and {len(missing) - 1} others, which do not exist" if len(missing) > 1 else ", which does not exist"
+        raise UserError(f"data.path: {name} has {what} for {missing[0]}{rest} or is no image")
+
+
+def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tuple[np.ndarray | None, dict[str, list[str]]]:
+    """Return labels (N, K) int64 of the images and the names of their values. A missing value is the null label.
+
+    Labels are the columns with few different strings, integers or booleans, or data.label_column alone.
+    """
+    labels, label_names, ignored = [], {}, []
+    for column, by_image in sorted(metadata.columns.items()):
+        if cfg.label_column not in (None, column):
+            continue
+        values = [by_image.get(name, "") for name in names]
+        texts, problem = _label_texts(values)
+        present = {text for text in texts if text is not None}
+        if problem is None and len(present) > MAX_CLASSES:
+            problem = f"more than {MAX_CLASSES:,} values"
+        if problem is None and cfg.label_column is None:
+            if len(present) * MIN_IMAGES_PER_CLASS > sum(text is not None for text in texts):
+                problem = "text"
+            elif len(present) < 2:
+                problem = "one value"
+        if problem is not None:
+            ignored.append(f"{column} ({problem})")
+            continue
+        ordered = sorted(present, key=lambda text: (int(text), text) if _are_integers(present) else (0, text))
+        index = {text: i for i, text in enumerate(ordered)}
+        labels.append([index.get(text, len(ordered)) for text in texts])
+        label_names[column] = ordered
+        if num_missing := sum(text is None for text in texts):
+            print(f"note: {num_missing:,} of {len(names):,} images have no {column} and train the null condition")
+    if ignored and cfg.label_column is not None:
+        raise UserError(f"data.label_column: {ignored[0]} cannot be a label: use strings, integers or booleans")
+    if ignored:
+        print(f"note: columns that are not used as labels: {', '.join(ignored)}")
+    return (np.array(labels, dtype=np.int64).T if labels else None), label_names
+
+
+def _are_integers(texts: set[str]) -> bool:
+    return all(re.fullmatch(r"-?\d+", text) for text in texts)
+
+
+def _label_texts(values: list) -> tuple[list[str | None], str | None]:
+    """Return the names of values, None if missing, and the reason if they cannot be labels."""
+    if any(value is None for value in values):
+        return [], "differs between rows of one image"
+    if any(isinstance(value, (dict, list)) for value in values):
+        return [], "lists or objects"
+    texts = [str(value).strip() for value in values]
+    present = {text for text in texts if text}
+    if any(isinstance(value, float) for value in values) or (not _are_integers(present) and all(map(_is_number, present))):
+        return [], "numbers with fractions"
+    if {text.lower() for text in present} <= {"true", "false"}:
+        texts = [{"true": "yes", "false": "no"}.get(text.lower(), "") for text in texts]
+    return [unicodedata.normalize("NFC", text) or None for text in texts], None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
