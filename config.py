@@ -144,7 +144,8 @@ class VAEConfig(TrainingConfig):
         "architecture comes from the weights, and channels … output_activation are ignored",
     )
     retrain: bool = setting(
-        False, "continue training although it invalidates encodings.pt and the U-Nets that were made with the current weights"
+        False,
+        "continue training although it invalidates encodings.pt and the U-Nets that were made with the current weights",
     )
     channels: ChannelsPerLevel = setting(
         [64, 64, 128], "channels per resolution level; downsampling factor f = patch_size · 2^(levels-1)"

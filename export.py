@@ -70,7 +70,9 @@ def export(config: Config, dry_run: bool) -> None:
         else:
             diffusers.LDMPipeline(vae, unet, scheduler).save_pretrained(temporary)
         difference = check(model, temporary, vae_name, scheduler_name, config.sampling.sigma_max)
-        (temporary / "README.md").write_text(model_card(config, model, temporary, scheduler_name, difference), encoding="utf-8")
+        (temporary / "README.md").write_text(
+            model_card(config, model, temporary, scheduler_name, difference), encoding="utf-8"
+        )
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:

@@ -102,7 +102,13 @@ def main(minutes: float = 10.0, seed: int | None = None) -> int:
 
 
 def arguments(folder: Path, *overrides: str) -> list[str]:
-    return [str(Path(__file__).parent.parent / "configs" / "demo.yaml"), *SETTINGS, f"runs_dir={folder}/runs", f"results_dir={folder}/results", *overrides]
+    return [
+        str(Path(__file__).parent.parent / "configs" / "demo.yaml"),
+        *SETTINGS,
+        f"runs_dir={folder}/runs",
+        f"results_dir={folder}/results",
+        *overrides,
+    ]
 
 
 class Child:
@@ -436,7 +442,9 @@ def remove_images(rng: random.Random, folder: Path) -> None:
 def bad_setting(rng: random.Random) -> str:
     key = rng.choice(["vae.lr", "vae.steps", "vae.channels", "data.image_size", "data.path", "name", "vae.batch_size",
                       "data.val_fraction", "vae.init_from", "runs_dir", "vae.perceptual.weights", "nothing.here"])  # fmt: skip
-    value = rng.choice(["-1", "0", "1e309", "nan", "null", "[]", "[7]", "true", "''", "text", "{a: 1}", "/dev/null", "10**9", "[", "é"])
+    value = rng.choice(
+        ["-1", "0", "1e309", "nan", "null", "[]", "[7]", "true", "''", "text", "{a: 1}", "/dev/null", "10**9", "[", "é"]
+    )
     return f"{key}={value}"
 
 

@@ -87,7 +87,10 @@ class LatentDataset:
             "data.flip": (self.mean_flipped is not None, config.data.flip),
         }
         if config.text.encoder == "pretrained" and self.captions is not None:
-            settings["text.encoder"] = ("pretrained" if self.text else "none", "pretrained")  # text.fingerprint identifies the model
+            settings["text.encoder"] = (
+                "pretrained" if self.text else "none",
+                "pretrained",
+            )  # text.fingerprint identifies the model
         return [f"{name} was {old}, now {new}" for name, (old, new) in settings.items() if old != new]
 
     @property

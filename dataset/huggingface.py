@@ -108,7 +108,9 @@ def read_labels(column: list, feature, used: np.ndarray, name: str) -> tuple[np.
         names = [{True: "yes", False: "no"}[v] if isinstance(v, bool) else str(v) for v in values]
         labels = np.array([index.get(value, -1) for value in column], dtype=np.int64)
     if missing := int(((labels < 0) & used).sum()):
-        raise UserError(f"data.label_column: {missing:,} images for training or validation have no {name}; choose splits with data.split")
+        raise UserError(
+            f"data.label_column: {missing:,} images for training or validation have no {name}; choose splits with data.split"
+        )
     return np.maximum(labels, 0), names  # hidden labels of a test split are never used
 
 

@@ -257,7 +257,10 @@ def from_diffusers(state: dict[str, Tensor], keys: list[str], modules: dict[str,
     if different:
         reason = "missing" if different[0] in wanted else "unexpected"
         raise ValueError(f"{len(different)} tensors do not match, for example {different[0]} ({reason})")
-    return {key: torch.cat([state[name] for name in group]) if len(group) > 1 else state[group[0]] for key, group in names.items()}
+    return {
+        key: torch.cat([state[name] for name in group]) if len(group) > 1 else state[group[0]]
+        for key, group in names.items()
+    }
 
 
 def _names(key: str, modules: dict[str, str]) -> list[str]:

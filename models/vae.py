@@ -85,7 +85,12 @@ class VAE(nn.Module):
                 ch = level_channels
             if level > 0:
                 layers.append(Upsample(ch))
-        layers += [group_norm(ch, groups), nn.SiLU(), nn.Conv2d(ch, pixel_channels, 3, padding=1), nn.PixelShuffle(patch_size)]
+        layers += [
+            group_norm(ch, groups),
+            nn.SiLU(),
+            nn.Conv2d(ch, pixel_channels, 3, padding=1),
+            nn.PixelShuffle(patch_size),
+        ]
         self.decoder = nn.Sequential(*layers)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else nn.Identity()

@@ -42,7 +42,9 @@ TEXTS = ("photos #2 (best)", "[old] set", "my: set", "{x}", "2024", "010", "no",
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_settings_are_taken_literally(text):
-    config = load_config(None, [f"data.path=/{text}", f"data.caption_column={text}", f"text.model={text}", "diffusion.name=010"])
+    config = load_config(
+        None, [f"data.path=/{text}", f"data.caption_column={text}", f"text.model={text}", "diffusion.name=010"]
+    )
     assert (config.data.path, config.data.caption_column, config.text.model) == (f"/{text}", text, text)
     assert config.diffusion_name == "010" and load_config(None, ["data.path=null"]).data.path is None
 

@@ -65,7 +65,11 @@ def vae_pair(settings: dict) -> tuple[VAE, AutoencoderKL]:
 @pytest.mark.parametrize("settings", UNETS)
 def test_unet_equals_unet2dmodel(settings):
     ours, reference = unet_pair(settings)
-    z, t, labels = torch.randn(3, 4, settings["size"], settings["size"]), torch.tensor([0, 500, 999]), torch.tensor([3, 0, 10])
+    z, t, labels = (
+        torch.randn(3, 4, settings["size"], settings["size"]),
+        torch.tensor([0, 500, 999]),
+        torch.tensor([3, 0, 10]),
+    )
     conditional = "conditioning" in settings
     expected = reference(z, t, class_labels=labels if conditional else None).sample
     output = ours(z, t, (labels[:, None],) if conditional else ())
@@ -81,7 +85,11 @@ def test_vae_equals_autoencoderkl(settings):
     posterior, expected = ours.encode(images), reference.encode(images).latent_dist
     decoded = reference.decode(expected.mean).sample
     assert float(expected.mean.std()) > 0.1 and float(decoded.std()) > 0.1
-    for a, b in ((posterior.mean, expected.mean), (posterior.logvar, expected.logvar), (ours.decode(expected.mean), decoded)):
+    for a, b in (
+        (posterior.mean, expected.mean),
+        (posterior.logvar, expected.logvar),
+        (ours.decode(expected.mean), decoded),
+    ):
         assert float((a - b).abs().max()) < 1e-5 * max(1, float(b.std()))
 
 
@@ -116,7 +124,8 @@ def test_published_vae_has_our_shapes():
 
 
 @pytest.mark.parametrize(
-    "channels, groups", [([128, 256, 512, 512], 32), ([64, 128, 256], 16), ([96, 192], 24), ([48, 64, 128], 8), ([8, 16], 2), ([4], 1)]
+    "channels, groups",
+    [([128, 256, 512, 512], 32), ([64, 128, 256], 16), ([96, 192], 24), ([48, 64, 128], 8), ([8, 16], 2), ([4], 1)],
 )
 def test_one_number_of_groups(channels, groups):
     assert num_norm_groups(channels) == groups
@@ -126,7 +135,10 @@ def test_one_number_of_groups(channels, groups):
     "change, message",
     [
         (dict(bottleneck="transformer"), "bottleneck=transformer"),
-        (dict(conditioning={"kind": "words", "vocabulary": ["a"], "width": 8}, cross_attn_resolutions=[8]), "condition=text"),
+        (
+            dict(conditioning={"kind": "words", "vocabulary": ["a"], "width": 8}, cross_attn_resolutions=[8]),
+            "condition=text",
+        ),
         (dict(conditioning={"kind": "labels", "names": {"a": ["0"], "b": ["0"]}}), "one label per image"),
         (dict(channels=[24, 48], head_channels=16, attn_resolutions=[8, 4]), "head_channels=16"),
     ],
@@ -149,7 +161,10 @@ def test_imports_without_a_counterpart_are_refused():
         with pytest.raises(ValueError, match=name):
             unet_settings(config | {name: value})
     state = dict(unet_pair(UNETS[2])[1].state_dict())
-    keys, modules = list(UNet(in_channels=4, **UNETS[2]).state_dict()), unet_modules(UNet(in_channels=4, **UNETS[2]).settings)
+    keys, modules = (
+        list(UNet(in_channels=4, **UNETS[2]).state_dict()),
+        unet_modules(UNet(in_channels=4, **UNETS[2]).settings),
+    )
     with pytest.raises(ValueError, match="conv_in.weight .missing."):
         from_diffusers({k: v for k, v in state.items() if k != "conv_in.weight"}, keys, modules)
     with pytest.raises(ValueError, match="extra .unexpected."):

@@ -54,7 +54,11 @@ def test_comparison_of_samplers_on_a_tiny_model(trained, capsys):
     assert len(rows) == 4 * 2 + 1  # and the reference, heun with the most steps
     assert rows["heun", "20"]["RMS distance to the ODE solution"] == "0.000" and rows["heun", "20"]["evaluations"] == "39"
     assert rows["ancestral", "20"]["RMS distance to the ODE solution"] == "–" and rows["ddim", "4"]["evaluations"] == "4"
-    assert rows["ddim", "20"]["RMS distance to the ODE solution"] == rows["euler", "20"]["RMS distance to the ODE solution"] < rows["ddim", "4"]["RMS distance to the ODE solution"]
+    assert (
+        rows["ddim", "20"]["RMS distance to the ODE solution"]
+        == rows["euler", "20"]["RMS distance to the ODE solution"]
+        < rows["ddim", "4"]["RMS distance to the ODE solution"]
+    )
     assert Image.open(trained.folder / "results" / "tiny_cosine_samplers.png").width > 600
 
 

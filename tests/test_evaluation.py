@@ -14,7 +14,7 @@ from dataset.image_cache import load_images
 from evaluation import reconstruction, reports
 from evaluation.denoising import denoising_error
 from evaluation.features import Features, frechet, kid, make_features, precision_recall
-from evaluation.generation import NEAR_QUANTILE, NUM_NEIGHBORS, Distance, Memorization, error_budget
+from evaluation.generation import NEAR_QUANTILE, NUM_NEIGHBORS, SetMetrics, Memorization, error_budget
 from evaluation.latents import verdict
 from models.normalizer import Normalizer
 from models.schedules import make_schedule
@@ -35,7 +35,7 @@ def normal(n=400, d=8, seed=0):
 
 def test_error_budget_of_identical_images():
     same = torch.ones(16, 8)
-    val, generated = Distance.measure("", same, same), Distance.measure("", normal(16).float(), same)
+    val, generated = SetMetrics.measure("", same, same), SetMetrics.measure("", normal(16).float(), same)
     assert error_budget(generated, val, val) == "No error budget: validation images do not differ from training images."
     assert "is 2.00 times" in error_budget(SetMetrics("", 8, 4.0, 0, 0, 0, 0), *[SetMetrics("", 8, 2.0, 0, 0, 0, 0)] * 2)
 

@@ -163,7 +163,12 @@ def test_unet_from_a_file_and_from_diffusers(experiment, tmp_path):
 def test_a_changed_number_of_classes_resets_the_label_table(experiment, capsys):
     experiment.train_all("diffusion.condition=class", "diffusion.labels=[hat]")
     trained = experiment.run_dir / "cosine" / "unet.safetensors"
-    other = ["diffusion.name=other", f"diffusion.init_from={trained}", "diffusion.condition=class", "diffusion.labels=[smile]"]
+    other = [
+        "diffusion.name=other",
+        f"diffusion.init_from={trained}",
+        "diffusion.condition=class",
+        "diffusion.labels=[smile]",
+    ]
     assert experiment.run("train_diffusion", *other, "diffusion.steps=1", "diffusion.lr=1e-9") == 0
     assert "initialized randomly: conditioner.table.weight" in capsys.readouterr().out
     tuned, start = load_file(experiment.run_dir / "other" / "unet.safetensors"), load_file(trained)
@@ -203,7 +208,9 @@ def test_bad_initial_weights_give_one_line_and_write_nothing(experiment, sd_vae,
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", "has no config.json")
     refuse(folder, "must be a multiple of 2", "data.image_size=17")
-    unet = UNet2DModel(**unet_config(UNet(in_channels=4, size=8, channels=[8], num_res_blocks=1, attn_resolutions=[]).settings))
+    unet = UNet2DModel(
+        **unet_config(UNet(in_channels=4, size=8, channels=[8], num_res_blocks=1, attn_resolutions=[]).settings)
+    )
     unet.save_pretrained(tmp_path / "unet")
     refuse(tmp_path / "unet", "UNet2DModel, not AutoencoderKL")
     config = json.loads((folder / "config.json").read_text())

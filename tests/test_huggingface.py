@@ -54,7 +54,9 @@ def test_parquet_equals_the_same_images_in_a_folder(tmp_path):
         make_dataset(rows, label=labels, captions=captions_of(rows)).to_parquet(data / f"{split}-00000-of-00001.parquet")
     images = load_images(settings(tmp_path, data))
     assert images.split.tolist() == [TRAIN] * 14 + [VAL] * 5 + [TEST] * 3
-    assert images.label_names == {"label": ["cat", "dog", "owl"]} and images.labels[:, 0].tolist() == [i % 3 for i in range(22)]
+    assert images.label_names == {"label": ["cat", "dog", "owl"]} and images.labels[:, 0].tolist() == [
+        i % 3 for i in range(22)
+    ]
     assert images.captions == [[f"image {i}", f"noise number {i}"] for i in range(22)]
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -108,7 +110,9 @@ def test_columns_and_split_of_choice(tmp_path):
 def test_hidden_labels_of_a_test_split(tmp_path):
     """Without a validation split, test is used for validation and needs labels."""
     label = ClassLabel(names=["a", "b"])
-    splits = dict(train=make_dataset(label=([i % 2 for i in range(20)], label)), test=make_dataset(range(4), label=([-1] * 4, label)))
+    splits = dict(
+        train=make_dataset(label=([i % 2 for i in range(20)], label)), test=make_dataset(range(4), label=([-1] * 4, label))
+    )
     DatasetDict(splits).save_to_disk(tmp_path / "no_validation")
     with pytest.raises(UserError, match="4 images for training or validation have no label"):
         load_images(settings(tmp_path, tmp_path / "no_validation"))
@@ -139,7 +143,10 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
     cases = [
         (dict(path=tmp_path / "data", image_column="img"), "data.image_column: .* no column 'img'; it has image, score"),
         (dict(path=tmp_path / "data", image_column="score"), "data.image_column: score of .* holds no images"),
-        (dict(path=tmp_path / "data", label_column="score"), "data.label_column: score must hold strings, integers or booleans"),
+        (
+            dict(path=tmp_path / "data", label_column="score"),
+            "data.label_column: score must hold strings, integers or booleans",
+        ),
         (dict(path=tmp_path / "data", caption_column="score"), "data.caption_column: score must hold a string"),
         (dict(path=tmp_path / "data", split="dev"), "data.split: .* has no split 'dev'; it has train"),
         (dict(path=tmp_path / "data", split="train[5%]"), "data.split must look like train or train"),

@@ -183,7 +183,11 @@ def test_output_names_of_any_image(trained, tmp_path, stem, short):
     for _ in range(2):
         assert trained.run("infer", *ROW_OF_2, *options) == 0
     grid = grid_path(trained, f"ddim_1x2_from_{short}")
-    assert grid.exists() and grid.with_name(f"{grid.stem}_strip.gif").exists() and (grid.with_suffix("") / "000001.png").exists()
+    assert (
+        grid.exists()
+        and grid.with_name(f"{grid.stem}_strip.gif").exists()
+        and (grid.with_suffix("") / "000001.png").exists()
+    )
     assert not grid.with_name(f"{grid.stem}-2.png").exists()
 
 
