@@ -50,7 +50,7 @@ def read_tables(files: Files, cfg: DataConfig) -> Metadata:
                 missing.append(f"{row['file_name']} (line {line})")
             else:
                 _add_row(metadata, image, row, cfg, where)
-        reject_missing(missing, table, "a row")
+        reject_missing(missing, table, "rows")
     for key in ("caption_column", "label_column"):
         if (column := getattr(cfg, key)) is not None and column not in known_columns:
             columns = ", ".join(sorted(known_columns)) or "there is no metadata.csv or metadata.jsonl"
@@ -119,8 +119,11 @@ def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: 
 
 def reject_missing(missing: list[str], name: str, what: str) -> None:
     if missing:
-        rest = f" and {len(missing) - 1} others, which do not exist" if len(missing) > 1 else ", which does not exist"
-        raise UserError(f"data.path: {name} has {what} for {missing[0]}{rest} or is no image")
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise UserError(
+            f"data.path: {name} has {what} for files that are missing or no images: {missing[0]}{others}: add the images or "
+            f"remove their {what}"
+        )
 
 
 def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tuple[np.ndarray | None, dict[str, list[str]]]:

@@ -472,7 +472,7 @@ def test_all_captions_of_an_image_are_kept(tmp_path):
         ({"text": "a", "split": ["train"]}, r"line 2: split must be one of train, .* \(got \['train'\]\)"),
         ({"text": "a", "split": "hold-out"}, r"line 2: split must be one of train, .* \(got 'hold-out'\)"),
         ({"file_name": 1}, r"line 2: expected the path of an image in file_name \(got 1\)"),
-        ({"file_name": "99.png"}, r"has a row for 99.png \(line 2\), which does not exist"),
+        ({"file_name": "99.png"}, r"has rows for files that are missing or no images: 99.png \(line 2\): add"),
         ({"file_name": None}, r"expected the path of an image in file_name \(got None\)"),
     ],
 )
@@ -488,7 +488,7 @@ def test_values_of_other_types_are_named_by_line(tmp_path, row, message):
     [
         ("image,text\n00.png,a\n", r"line 2: expected the path of an image in file_name \(got None\)"),
         ("file_name,text\n00.png,a,b\n", "line 2: more values than the 2 columns"),
-        ("file_name,text\n\n99.png,a\n", r"has a row for 99.png \(line 3\), which does not exist"),
+        ("file_name,text\n\n99.png,a\n", r"has rows for files that are missing or no images: 99.png \(line 3\): add"),
     ],
 )
 def test_bad_csv(tmp_path, content, message):

@@ -14,7 +14,7 @@ from dataset.image_cache import load_images
 from evaluation import reconstruction, reports
 from evaluation.denoising import denoising_error
 from evaluation.features import Features, frechet, kid, make_features, precision_recall
-from evaluation.generation import NEAR_QUANTILE, NUM_NEIGHBORS, SetMetrics, Memorization, error_budget
+from evaluation.generation import NEAR_QUANTILE, NUM_NEIGHBORS, Memorization, SetMetrics, error_budget
 from evaluation.latents import verdict
 from models.normalizer import Normalizer
 from models.schedules import make_schedule
