@@ -26,7 +26,7 @@ def load_splits(cfg: DataConfig) -> dict:
 
     path = Path(cfg.path)
     if not path.exists() and not HUB_ID.fullmatch(cfg.path):
-        raise UserError(f"data.path: {cfg.path} does not exist and is no hub id")
+        raise UserError(f"data.path: {cfg.path} is neither a path that exists nor a hub id")
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             content = datasets.load_from_disk(cfg.path)

@@ -154,7 +154,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
         (dict(path=tmp_path / "no_train"), "data.split: .* has no training split; choose one of a, b"),
         (dict(path=tmp_path / "bad.parquet"), "datasets cannot load"),
         (dict(path=tmp_path / "bad.csv"), "known file types: .parquet"),
-        (dict(path="some/missing/folder"), "does not exist and is no hub id"),
+        (dict(path="some/missing/folder"), "is neither a path that exists nor a hub id"),
         (dict(path="nobody/nothing"), "datasets cannot load nobody/nothing"),
     ]
     for options, message in cases:
