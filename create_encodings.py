@@ -11,6 +11,7 @@ if __name__ == "__main__":
     cli.handle_help(__doc__)
 
 import hashlib
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -85,7 +86,7 @@ def encode(config: Config, dry_run: bool) -> None:
         caption_bytes = len(texts) * TOKENS_PER_CAPTION * encoder.dim * 2
         num_bytes += caption_bytes
         print(f"captions: {len(texts) - 1:,}, embedded by {encoder.model}, about {caption_bytes / 1e6:,.0f} MB")
-    require_space(config.run_dir, 2 * num_bytes)  # chunks and the final file exist at the same time
+    require_space(config.run_dir, 3 * num_bytes)  # chunks, joined chunks and the final file exist at the same time
     if dry_run:
         return
 
@@ -170,7 +171,12 @@ def encode_in_chunks(folder: Path, title: str, unit: str, n: int, encode_chunk: 
 
 
 def join_chunks(files: list[Path], key: str) -> Tensor:
-    return torch.cat([load_tensors(file, f"remove {file.parent}", mmap=True)[key] for file in files])
+    """Concatenate one tensor of all chunks, in a memory-mapped file next to them: it may be larger than memory."""
+    parts = [load_tensors(file, f"remove {file.parent}", mmap=True)[key] for file in files]
+    shape = sum(map(len, parts)), *parts[0].shape[1:]
+    joined_file = files[0].with_suffix(f".{key}.joined")
+    joined = torch.from_file(str(joined_file), shared=True, size=math.prod(shape), dtype=parts[0].dtype).view(shape)
+    return torch.cat(parts, out=joined)
 
 
 def make_latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool, size: int) -> EncodeChunk:

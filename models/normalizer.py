@@ -1,6 +1,7 @@
 """Normalization of VAE latents to unit variance."""
 
 from dataclasses import dataclass, fields
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 RANGE_QUANTILES = (0.0005, 0.9995)  # per channel
 RANGE_WIDENING = 1.1
 MAX_QUANTILE_VALUES = 2_000_000  # enough for the estimate; sorting is slow
+ROWS_AT_A_TIME = 4096  # of the latents
 
 
 @dataclass
@@ -31,10 +33,8 @@ class Normalizer:
         """
         if kind not in ("global", "per_channel"):
             raise ValueError(f"normalization must be global or per_channel (got {kind!r})")
-        # One channel at a time: float64 latents of a large dataset do not fit in memory.
-        mean, var, kurtosis, low, high = torch.stack(
-            [_moments(channel) for channel in latents.unbind(1)], dim=1
-        )  # (C,) each
+        mean, var, kurtosis = _moments(latents)
+        low, high = torch.stack([_quantiles(latents, c) for c in range(latents.shape[1])], dim=1)  # (C,) each
         if kind == "global":
             total_var = (var + mean**2).mean() - mean.mean() ** 2
             shift, scale = torch.zeros(len(mean)), total_var.rsqrt().expand(len(mean))
@@ -88,18 +88,26 @@ def _as_map(values: Tensor) -> Tensor:
     return values[:, None, None]  # (C, 1, 1)
 
 
-def _moments(channel: Tensor) -> Tensor:
-    """Mean, variance, excess kurtosis and the two RANGE_QUANTILES, (5,) float64."""
-    values = channel.double()
-    centered = values - values.mean()
-    var = (centered**2).mean()
-    kurtosis = (centered**4).mean() / var.clamp(min=1e-12) ** 2 - 3
-    return torch.stack([values.mean(), var, kurtosis, *_quantiles(values)])
+def _moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and excess kurtosis per channel of (N, C, h, w), (C,) float64 each.
+
+    A few rows at a time: the latents of a large dataset are memory-mapped and do not fit in memory.
+    """
+
+    def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
+        sums = [function(rows.double()).mean(dim=(2, 3)).sum(dim=0) for rows in latents.split(ROWS_AT_A_TIME)]
+        return torch.stack(sums).sum(dim=0) / len(latents)
+
+    mean = mean_of(lambda z: z)
+    var = mean_of(lambda z: (z - _as_map(mean)) ** 2)
+    fourth = mean_of(lambda z: (z - _as_map(mean)) ** 4)
+    return mean, var, fourth / var.clamp(min=1e-12) ** 2 - 3
 
 
-def _quantiles(values: Tensor) -> tuple[Tensor, Tensor]:
-    flat = values.flatten()
-    stride = flat.numel() // MAX_QUANTILE_VALUES | 1  # odd: an even stride would skip columns of the latents
-    ordered = flat[::stride].sort().values
-    low, high = (ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in RANGE_QUANTILES)
-    return low, high
+def _quantiles(latents: Tensor, channel: int) -> Tensor:
+    """RANGE_QUANTILES of a channel of (N, C, h, w), (2,) float64, from at most about MAX_QUANTILE_VALUES values."""
+    n, _, height, width = latents.shape
+    stride = n * height * width // MAX_QUANTILE_VALUES | 1  # odd: an even stride would skip columns of the latents
+    index = torch.arange(0, n * height * width, stride)
+    ordered = latents[index // (height * width), channel, index // width % height, index % width].double().sort().values
+    return torch.stack([ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in RANGE_QUANTILES])

@@ -382,3 +382,16 @@ def test_wrong_weights_are_rejected(tmp_path, backbone_file):
     (tmp_path / "junk.pth").write_bytes(b"junk")
     with pytest.raises(ValueError, match="does not hold"):
         make_perceptual("squeeze", tmp_path / "junk.pth")
+
+
+def test_normalizer_reads_a_few_rows_at_a_time(monkeypatch):
+    """Oracle: moments of all values at once. The number of rows is not a multiple of ROWS_AT_A_TIME."""
+    monkeypatch.setattr("models.normalizer.ROWS_AT_A_TIME", 7)
+    z = (torch.randn(52, 3, 4, 5) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1) + 0.5).half()
+    n = Normalizer.measure(z, "per_channel")
+    values = z.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(n.shift, values.mean(dim=1).float())
+    torch.testing.assert_close(n.scale, 1 / values.std(dim=1, correction=0).float())
+    centered = values - values.mean(dim=1, keepdim=True)
+    kurtosis = (centered**4).mean(dim=1) / (centered**2).mean(dim=1) ** 2 - 3
+    torch.testing.assert_close(n.kurtosis, kurtosis.float())
