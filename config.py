@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -33,6 +34,7 @@ Count = Annotated[int, Field(ge=0)]
 ChannelsPerLevel = Annotated[list[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+FeatureName = Literal["inception", "dinov2", "clip", "efficientnet_lite0", "mobilenet_v2"]
 
 
 class DataConfig(Section):
@@ -129,7 +131,7 @@ class TrainingConfig(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = setting(
         0.999, "EMA decay of the weights, min(ema_decay, (1+n)/(10+n)) at step n; 0: off"
     )
-    log_every: PositiveInt = setting(50, "steps between entries in metrics.jsonl, TensorBoard and wandb")
+    log_every: PositiveInt = setting(50, "steps between entries in metrics.jsonl, TensorBoard and the tracker")
     eval_every: PositiveInt = setting(
         1000, "steps between evaluations on validation data, with a grid of reconstructions or samples"
     )
@@ -333,11 +335,15 @@ class EvaluationConfig(Section):
     num_reference: Annotated[int, Field(ge=8)] = setting(
         10000, "generation: maximum number of training images to compare with"
     )
-    features: Literal["inception", "mobilenet_v2", "mobilenet_v2_keras"] = setting(
-        "inception", "feature network; distances in features of different networks cannot be compared"
+    features: Annotated[list[FeatureName], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = setting(
+        ["inception"],
+        "feature networks, one name or a list: generation, reconstruction and latents report the distances of each; their "
+        "distances cannot be compared; efficientnet_lite0 needs no download; []: reconstruction and latents without them",
     )
-    weights: Optional[PathText] = setting(
-        None, "local file with the weights of the feature network; default: download; mobilenet_v2_keras: required"
+    weights: Union[None, PathText, dict[FeatureName, PathText]] = setting(
+        None,
+        "weights of the feature networks, as {network: path} or, for a single network, the path; dinov2, clip: a local "
+        "folder or Hugging Face hub id; other networks: a local file; default: download",
     )
     samplers: Annotated[list[SamplerName], Field(min_length=1)] = setting(
         list(get_args(SamplerName)), "samplers: which samplers to compare"
@@ -350,10 +356,27 @@ class EvaluationConfig(Section):
         "auto", "auto: bfloat16 if the hardware supports it, else float32; the task latents always uses float32"
     )
 
+    @model_validator(mode="after")
+    def _check_weights(self) -> "EvaluationConfig":
+        if isinstance(self.weights, str) and len(self.features) != 1:
+            raise ValueError(
+                f"evaluation.weights must be a mapping such as {{dinov2: FOLDER}} for {len(self.features)} networks "
+                f"(got {self.weights})"
+            )
+        unused = [name for name in self.weights if name not in self.features] if isinstance(self.weights, dict) else []
+        if unused:
+            raise ValueError(f"evaluation.weights names {', '.join(unused)}, which evaluation.features does not contain")
+        return self
+
+    def weights_of(self, network: str) -> str | None:
+        return self.weights.get(network) if isinstance(self.weights, dict) else self.weights
+
 
 class LoggingConfig(Section):
     tensorboard: bool = setting(True, "log scalars and images to TensorBoard")
-    wandb: bool = setting(False, "log to Weights & Biases, if the package wandb is installed")
+    tracker: Literal["none", "wandb", "trackio"] = setting(
+        "none", "experiment tracker to log to, Weights & Biases or Trackio; its package must be installed"
+    )
 
 
 class Config(Section):

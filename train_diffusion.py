@@ -25,6 +25,7 @@ from models.unet import UNet
 from pipeline.generate import OutputSpec
 from pipeline.latent_diffusion import LatentDiffusion
 from pipeline.stage_files import encodings_path, load_encodings, load_vae
+from training.logger import import_tracker
 from training.resume import require_same_run, run_identity
 from training.trainer import Trainer
 from utils.device import (
@@ -48,6 +49,7 @@ PREVIEW_STEPS = 20
 
 
 def train(config: Config, dry_run: bool) -> None:
+    import_tracker(config.logging)  # fails at once if the package is missing
     cfg, device = config.diffusion, pick_device(config.device)
     dtype, folder = pick_precision(config.precision, device), config.run_dir / config.diffusion_name
     vae, _ = load_vae(config, device)

@@ -25,6 +25,7 @@ from evaluation.reconstruction import MIN_VAL_IMAGES
 from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.vae import VAE, reconstruction_error
 from pipeline.stage_files import require_no_dependents
+from training.logger import import_tracker
 from training.resume import require_same_run, run_identity
 from training.trainer import Trainer
 from utils.checkpoints import load_perceptual
@@ -49,6 +50,7 @@ GRID_IMAGES = 32
 
 
 def train(config: Config, dry_run: bool) -> None:
+    import_tracker(config.logging)  # fails at once if the package is missing
     cfg, device = config.vae, pick_device(config.device)
     dtype, folder = pick_precision(config.precision, device), config.run_dir / "vae"
     perceptual = load_perceptual(cfg.perceptual, device) if cfg.perceptual.weight > 0 else None

@@ -14,7 +14,7 @@ from dataset import TRAIN, evenly_spaced
 from dataset.conditions import val_conditions
 from dataset.image_cache import Images
 from dataset.sources import crop_name
-from evaluation.features import Features, frechet, kid, make_features, precision_recall
+from evaluation.features import Features, frechet, kid, load_features, precision_recall
 from evaluation.reconstruction import reconstruct, val_pixels
 from evaluation.reports import markdown_table, print_plan, weights_origin, write_report
 from models.conditioning import Cond
@@ -35,13 +35,16 @@ NEAR_QUANTILE = 0.01  # of the distances of validation images; see Memorization
 def run(config: Config, dry_run: bool) -> None:
     cfg, sampling, device = config.evaluation, config.sampling, pick_device(config.device)
     dtype, num_images = pick_precision(cfg.precision, device), cfg.num_generated or cfg.num_images
+    if not cfg.features:
+        raise UserError("evaluation.task=generation needs at least one network in evaluation.features (got [])")
     model = LatentDiffusion.load(config, device, dtype)
     model.timesteps(sampling)  # checks the settings
     encodings = load_encodings(model.vae, config) if model.unet.conditioner else None
-    features = make_features(cfg.features, cfg.weights, device)
+    networks = load_features(cfg, device)
     guidance = f"_w{sampling.guidance:g}" if sampling.guidance != 1 else ""
     name = f"{config.name}_{config.diffusion_name}_{sampling.sampler}{sampling.steps}{guidance}_generation"
-    summary = f"{num_images:,} images by {sampling.sampler} with {sampling.steps} steps, features of {features.name}"
+    titles = ", ".join(network.name for network in networks)
+    summary = f"{num_images:,} images by {sampling.sampler} with {sampling.steps} steps, features of {titles}"
     print_plan(config, summary, device, dtype, [f"{name}.md", f"{name}_nearest.png"])
     if dry_run:
         return
@@ -49,50 +52,38 @@ def run(config: Config, dry_run: bool) -> None:
     images = load_images_for(config, model.checkpoint.vae_metadata)
     val = val_pixels(images, num_images)
     train_rows = images.rows(TRAIN, cfg.num_reference)
-    train_features = training_features(config, images, features, train_rows)
     cond = val_conditions(model.unet.conditioner, encodings, num_images, device)
     generated, stats = generate_images(model, sampling, cond, num_images)
     reconstructed = reconstruct(model.vae, val, cfg.batch_size, device, dtype)
-    generated_features, val_features, reconstructed_features = (
-        features(pixels, cfg.batch_size) for pixels in (generated, val, reconstructed)
-    )
-    # The metrics depend on the number of images: compare sets of the same size.
-    sets = {
-        "generated": evenly_spaced(generated_features, len(val)),
-        "validation images": val_features,
-        "validation images, reconstructed by the VAE": reconstructed_features,
-    }
-    if len(generated) > len(val):
-        sets["generated, all"] = generated_features
-    metrics = [SetMetrics.measure(label, set_features, train_features) for label, set_features in sets.items()]
-    if config.data.flip:  # the U-Net has seen mirrored images
-        mirrored = training_features(config, images, features, train_rows, mirrored=True)
-        train_features = torch.cat([train_features, mirrored])
-    # Generated images are compared with reconstructions, because the blur of the VAE alone changes distances.
-    memorization = Memorization.measure(generated_features, reconstructed_features, train_features)
+    comparisons = []
+    for network in networks:
+        sets = [network(pixels, cfg.batch_size) for pixels in (generated, val, reconstructed)]
+        train = training_features(config, images, network, train_rows)
+        mirrored = training_features(config, images, network, train_rows, mirrored=True) if config.data.flip else None
+        comparisons.append(Comparison.measure(network, sets, train, mirrored))
 
-    num_train = f"{len(train_rows):,} training images"
-    small_set = small_set_note(len(val), train_features.shape[1])
     paragraphs = [
         f"# Generated images of {config.name}, {config.diffusion_name}: {sampling.sampler}, {sampling.steps} steps, "
         f"spacing {model.spacing(sampling)}, guidance {sampling.guidance:g}",
         f"Compared with {len(train_rows):,} of {len(images.rows(TRAIN)):,} training images, not mirrored "
         f"({config.data.source}, crop {crop_name(config.data)}, {config.data.image_size} px), "
-        f"in features of **{features.name}**.{small_set}",
+        f"in features of {', '.join(c.network for c in comparisons)}.{small_set_note(len(val), comparisons)}",
         f"Conditions of {min(num_images, len(encodings.val_mean)):,} validation images."
         if cond
         else "Unconditional samples.",
-        markdown_table(METRICS_HEADER, [row.cells() for row in metrics]),
+        comparison_table(comparisons),
         f"Latents: generated/training std {stats['std_ratio']:.3f} overall, {stats['worst_channel_ratio']:.3f} in the worst "
         f"channel; {stats['clamped']:.2%} of clean estimates clamped; {stats['out_of_range']:.2%} of pixels out of range.",
-        error_budget(*metrics[:3]),
-        memorization.describe(num_train + (" and their mirror images" if config.data.flip else "")),
-        f"{name}_nearest.png shows the {NEAREST_IMAGES} nearest: the generated image, then its {NUM_NEIGHBORS} nearest "
-        f"training images.",
+        "Error budget:\n\n" + "\n".join(f"- {c.name}: {error_budget(*c.distances[:3])}" for c in comparisons),
+        f"Memorization: nearest of {len(train_rows):,} training images{' and their mirror images' * config.data.flip}. "
+        f"Without memorization, {NEAR_QUANTILE:.0%} of generated images are nearer than {1 - NEAR_QUANTILE:.0%} of the "
+        f"reconstructed validation images.",
+        f"{name}_nearest.png shows the {NEAREST_IMAGES} nearest in features of {comparisons[0].name}: the generated image, "
+        f"then its {NUM_NEIGHBORS} nearest training images.",
     ]
     origin = weights_origin("U-Net", model.checkpoint.fingerprint, model.checkpoint.metadata)
     write_report(config, name, device, origin, "\n\n".join(paragraphs))
-    grid = nearest_grid(memorization, generated, images.pixels, train_rows)
+    grid = nearest_grid(comparisons[0].memorization, generated, images.pixels, train_rows)
     save_png(grid, Path(config.results_dir) / f"{name}_nearest.png")
 
 
@@ -107,9 +98,8 @@ def training_features(
     config: Config, images: Images, features: Features, rows: np.ndarray, mirrored: bool = False
 ) -> Tensor:
     """Return (len(rows), D), cached by images, network and rows."""
-    weights = config.evaluation.weights
-    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights else "download"
-    key = f"{images.fingerprint} {features.name} {digest} {len(rows)} {images.pixels.shape}{' mirrored' if mirrored else ''}"
+    network = f"{features.name} {features.fingerprint}"
+    key = f"{images.fingerprint} {network} {len(rows)} {images.pixels.shape}{' mirrored' if mirrored else ''}"
     path = Path(config.runs_dir) / "cache" / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.exists():
         values = features(images.pixels, config.evaluation.batch_size, rows, mirrored)
@@ -121,12 +111,9 @@ def training_features(
     return content["features"]
 
 
-METRICS_HEADER = ("images", "N", "Fréchet distance", "KID · 1000", "precision", "recall")
-
-
 @dataclass
 class SetMetrics:
-    """Metrics between a set of images and the training images: one row of the report's table."""
+    """Metrics between a set of images and the training images."""
 
     label: str
     n: int
@@ -146,28 +133,81 @@ class SetMetrics:
             *precision_recall(features, train_features),
         )
 
-    def cells(self) -> list[str]:
-        kid = f"{1000 * self.kid:.2f} ± {1000 * self.kid_std:.2f}"
-        return [self.label, f"{self.n:,}", f"{self.frechet:.1f}", kid, f"{self.precision:.3f}", f"{self.recall:.3f}"]
+
+METRICS = {
+    "Fréchet distance": lambda d: f"{d.frechet:.2f}",
+    "KID · 1000": lambda d: f"{1000 * d.kid:.2f} ± {1000 * d.kid_std:.2f}",
+    "precision": lambda d: f"{d.precision:.3f}",
+    "recall": lambda d: f"{d.recall:.3f}",
+}
 
 
-def small_set_note(n: int, dim: int) -> str:
-    if n >= dim:
+@dataclass
+class Comparison:
+    """Distances and memorization in the features of one network."""
+
+    name: str
+    network: str  # name, dimension and weights
+    dim: int
+    distances: list[SetMetrics]  # of generated, validation and reconstructed images, and of all generated images if more
+    memorization: "Memorization"
+
+    @classmethod
+    def measure(cls, network: Features, sets: list[Tensor], train: Tensor, mirrored: Tensor | None) -> "Comparison":
+        """sets: features of generated, validation and reconstructed images. mirrored: of mirrored training images."""
+        generated, val, reconstructed = sets
+        # Distances depend on the number of images: compare sets of one size.
+        labelled = {"generated": evenly_spaced(generated, len(val)), "validation images": val, RECONSTRUCTED: reconstructed}
+        if len(generated) > len(val):
+            labelled["generated, all"] = generated
+        distances = [SetMetrics.measure(label, features, train) for label, features in labelled.items()]
+        seen = train if mirrored is None else torch.cat([train, mirrored])  # by the U-Net
+        # Compared with reconstructions, because the blur of the VAE alone changes distances.
+        memorization = Memorization.measure(generated, reconstructed, seen)
+        weights = f", {network.weights}" if network.weights else ""
+        description = f"**{network.name}** ({train.shape[1]:,} features{weights})"
+        return cls(network.name, description, train.shape[1], distances, memorization)
+
+
+RECONSTRUCTED = "validation images, reconstructed by the VAE"
+
+
+def comparison_table(comparisons: list[Comparison]) -> str:
+    """One row per metric and set of images, one column per network."""
+    first, memorizations = comparisons[0], [c.memorization for c in comparisons]
+    rows = [
+        [metric, first.distances[i].label, f"{first.distances[i].n:,}", *(text(c.distances[i]) for c in comparisons)]
+        for metric, text in METRICS.items()
+        for i in range(len(first.distances))
+    ]
+    median, near = "median distance to the nearest training image", f"nearer than {1 - NEAR_QUANTILE:.0%} of those"
+    num_generated = f"{len(first.memorization.nearest):,}"
+    rows += [
+        [median, "generated", num_generated, *(f"{m.median:.2f}" for m in memorizations)],
+        [median, RECONSTRUCTED, f"{first.distances[2].n:,}", *(f"{m.val_median:.2f}" for m in memorizations)],
+        [near, "generated", num_generated, *(f"{m.near:.1%}" for m in memorizations)],
+    ]
+    return markdown_table(["metric", "images", "N", *(c.name for c in comparisons)], rows)
+
+
+def small_set_note(n: int, comparisons: list[Comparison]) -> str:
+    larger = [f"{c.dim:,} features of {c.name}" for c in comparisons if c.dim > n]
+    if not larger:
         return ""
     return (
-        f" {n:,} images are fewer than the {dim:,} features: most of each Fréchet distance is then bias, the same in all "
-        f"rows, which makes their ratio look better than it is. KID has no such bias."
+        f" {n:,} images are fewer than the {' and the '.join(larger)}: most of each Fréchet distance is then bias, the same "
+        f"in all rows, which makes their ratio look better than it is. KID has no such bias."
     )
 
 
 def error_budget(generated: SetMetrics, val: SetMetrics, reconstructed: SetMetrics) -> str:
     if val.frechet <= 0:
-        return "No error budget: validation images do not differ from training images."
+        return "none: validation images do not differ from training images."
     return (
-        f"Error budget: the Fréchet distance of generated images is {generated.frechet / val.frechet:.2f} times that of "
-        f"validation images. Of the difference of {generated.frechet - val.frechet:.1f}, the VAE causes "
-        f"{reconstructed.frechet - val.frechet:.1f}, and the U-Net and its sampler "
-        f"{generated.frechet - reconstructed.frechet:.1f}."
+        f"the Fréchet distance of generated images is {generated.frechet / val.frechet:.2f} times that of "
+        f"validation images. Of the difference of {generated.frechet - val.frechet:.2f}, the VAE causes "
+        f"{reconstructed.frechet - val.frechet:.2f}, and the U-Net and its sampler "
+        f"{generated.frechet - reconstructed.frechet:.2f}."
     )
 
 
@@ -193,14 +233,6 @@ class Memorization:
         near = float((distances < val_distances.quantile(NEAR_QUANTILE)).float().mean())
         nearest = [(i, neighbors[i].tolist()) for i in distances.argsort().tolist()]
         return cls(nearest, float(distances.median()), float(val_distances.median()), near)
-
-    def describe(self, training_images: str) -> str:
-        return (
-            f"Memorization: the median distance to the nearest of {training_images} is {self.median:.2f} for generated "
-            f"images and {self.val_median:.2f} for validation images, reconstructed by the VAE. {self.near:.1%} of generated "
-            f"images are nearer than {1 - NEAR_QUANTILE:.0%} of the reconstructed validation images; "
-            f"{NEAR_QUANTILE:.0%} are expected without memorization."
-        )
 
 
 def nearest_grid(memorization: Memorization, generated: np.ndarray, pixels: np.ndarray, train_rows: np.ndarray) -> Image:

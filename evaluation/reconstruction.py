@@ -10,7 +10,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from config import Config
 from dataset import TEST, VAL, evenly_spaced
 from dataset.image_cache import Images
-from evaluation.features import frechet, make_features
+from evaluation.features import frechet, load_features
 from evaluation.reports import markdown_table, print_plan, weights_origin, write_report
 from models.vae import VAE
 from pipeline.stage_files import load_images_for, load_vae
@@ -27,7 +27,7 @@ def run(config: Config, dry_run: bool) -> None:
     cfg, device = config.evaluation, pick_device(config.device)
     dtype = pick_precision(cfg.precision, device)
     vae, metadata = load_vae(config, device)
-    features = make_features(cfg.features, cfg.weights, device)
+    networks = load_features(cfg, device)
     perceptual = load_perceptual(config.vae.perceptual, device)
     name = f"{config.name}_reconstruction"
     summary = f"VAE with {num_params(vae) / 1e6:.2f}M parameters at step {metadata['step']:,}, validation images"
@@ -42,8 +42,9 @@ def run(config: Config, dry_run: bool) -> None:
     if perceptual is not None:
         distance = perceptual_distance(perceptual, originals, reconstructions, cfg.batch_size, device)
         rows.append([perceptual.title, f"{distance:.4f}"])
-    distance = frechet(*(features(pixels, cfg.batch_size) for pixels in (reconstructions, originals)))
-    rows.append([f"Fréchet distance to the originals ({features.name})", f"{distance:.1f}"])
+    for network in networks:
+        distance = frechet(*(network(pixels, cfg.batch_size) for pixels in (reconstructions, originals)))
+        rows.append([f"Fréchet distance to the originals ({network.name})", f"{distance:.2f}"])
     paragraphs = [
         f"# Reconstructions of {config.name}",
         f"{len(originals):,} validation images at {config.data.image_size} px.",

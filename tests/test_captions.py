@@ -107,7 +107,8 @@ def test_coco_without_some_images(coco, tmp_path, capsys):
     )
     (coco / "train2017" / f"{5:012d}.jpg").unlink()
     with pytest.raises(
-        UserError, match="captions_train2017.json has captions for files that are missing or no images: train2017/000000000005.jpg: add"
+        UserError,
+        match="captions_train2017.json has captions for files that are missing or no images: train2017/000000000005.jpg: add",
     ):
         load_images(settings(tmp_path, coco, "coco"))
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib.machinery
 import json
 import os
 import pickle
@@ -27,6 +26,7 @@ from models.unet import UNet
 from pipeline.latent_stats import Moments, latent_stats, std_warnings
 from pipeline.stage_files import load_images_for, load_vae
 from training import trainer as trainer_module
+from training.logger import Logger
 from training.trainer import Trainer
 from utils import device, files
 from utils.checkpoints import load_weights, save_weights
@@ -166,18 +166,54 @@ def test_other_settings_run(experiment, changes):
     )
 
 
-def test_tensorboard_and_wandb_logs(experiment, monkeypatch):
-    """A fake wandb module records the calls."""
-    fake, calls = types.ModuleType("wandb"), []
-    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    fake.init = lambda **options: (calls.append(("init", options["id"])), fake)[1]
-    fake.log = lambda metrics, step: calls.append(("log", step, sorted(metrics)))
-    fake.Image, fake.finish = (lambda image: image), (lambda: calls.append(("finish",)))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    assert experiment.run("train_vae", "logging.tensorboard=true", "logging.wandb=true") == 0
-    assert calls[0] == ("init", (experiment.run_dir / "vae" / "wandb_id").read_text()) and calls[-1] == ("finish",)
-    assert {step for kind, step, names in calls[1:-1] if "train/loss" in names} == {2, 4, 6}
-    assert {step for kind, step, names in calls[1:-1] if names == ["reconstructions"]} == {3, 6}
+@pytest.fixture
+def tracker(monkeypatch):
+    """Fake modules wandb and trackio that record the calls."""
+    calls = []
+    for name in ("wandb", "trackio"):
+        fake = types.ModuleType(name)
+        fake.init = lambda **options: calls.append(("init", options))
+        fake.log = lambda metrics, step: calls.append(("log", step, metrics))
+        fake.Image, fake.finish = (lambda image: ("image", image.size)), (lambda: calls.append(("finish",)))
+        monkeypatch.setitem(sys.modules, name, fake)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_tracker_continues_a_resumed_run(tmp_path, tracker, name):
+    """Runs are identified by id in wandb and by name in trackio. A run that starts at step 0 is a new one."""
+    runs, folder = [], tmp_path / "tiny" / "vae"
+    for start in (0, 2, 0):
+        tracker.clear()
+        logger = Logger(folder, {"seed": 7}, LoggingConfig(tensorboard=False, tracker=name), start)
+        logger.log_metrics(start + 1, {"loss": 0.5})
+        logger.log_image(start + 1, "samples", Image.new("RGB", (4, 3)))
+        logger.close()
+        (_, options), *logs = tracker
+        assert logs == [("log", start + 1, {"loss": 0.5}), ("log", start + 1, {"samples": ("image", (4, 3))}), ("finish",)]
+        assert options["name"].startswith("tiny-vae-") and ("id" in options) == (name == "wandb")
+        assert {k: options[k] for k in ("project", "config", "resume")} == {
+            "project": "nanoldm", "config": {"seed": 7}, "resume": "allow"
+        }  # fmt: skip
+        runs.append(options["id" if name == "wandb" else "name"])
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("stage", ["train_vae", "train_diffusion"])
+def test_missing_tracker_fails_before_any_work(experiment, monkeypatch, capsys, stage):
+    monkeypatch.setitem(sys.modules, "trackio", None)  # import raises ImportError
+    assert experiment.run(stage, "logging.tracker=trackio", "--dry-run") == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "pip install trackio" in err and "logging.tracker=none" in err and not out
+    assert not (experiment.folder / "runs").exists()
+
+
+def test_tensorboard_and_tracker_logs(experiment, tracker):
+    assert experiment.run("train_vae", "logging.tensorboard=true", "logging.tracker=trackio") == 0
+    (_, options), *logs, last = tracker
+    assert options["config"]["vae"]["steps"] == 6 and last == ("finish",)
+    assert {step for _, step, metrics in logs if "train/loss" in metrics} == {2, 4, 6}
+    assert {step for _, step, metrics in logs if "reconstructions" in metrics} == {3, 6}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(experiment.run_dir / "vae" / "tb"))

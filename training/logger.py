@@ -1,22 +1,35 @@
-"""Training logs: metrics.jsonl, TensorBoard, Weights & Biases, and the plot of a run's curves."""
+"""Training logs: metrics.jsonl, TensorBoard, an experiment tracker, and the plot of a run's curves."""
 
-import importlib.util
+import importlib
 import json
 import secrets
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
-from tqdm import tqdm
 
 from config import LoggingConfig
 from utils.errors import UserError
-from utils.files import make_dir, raise_no_space, write_atomically
+from utils.files import first_line, make_dir, raise_no_space, write_atomically
 
 NOT_PLOTTED = ("step", "images_seen", "minutes", "seconds_to_first_step")
 
 
+def import_tracker(cfg: LoggingConfig) -> ModuleType | None:
+    """Return wandb, or trackio, which has the same API; None for none."""
+    if cfg.tracker == "none":
+        return None
+    try:
+        return importlib.import_module(cfg.tracker)
+    except ImportError as error:
+        raise UserError(
+            f"logging.tracker={cfg.tracker}: the package cannot be imported ({first_line(error)}): "
+            f"pip install {cfg.tracker}, or set logging.tracker=none"
+        ) from None
+
+
 class Logger:
-    """Writes metrics and images of a run that starts or resumes at `step`. `identity` becomes the wandb config."""
+    """Writes metrics and images of a run that starts or resumes at `step`. `identity` becomes the tracker's config."""
 
     def __init__(self, folder: Path, identity: dict, cfg: LoggingConfig, step: int):
         make_dir(folder)
@@ -26,25 +39,20 @@ class Logger:
             self.file = open(self.path, "a", encoding="utf-8")
         except (IsADirectoryError, PermissionError) as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): remove it") from None
-        self.tensorboard = self.wandb = None
+        self.tensorboard, self.tracker = None, import_tracker(cfg)
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=step + 1)
-        if cfg.wandb:
-            if importlib.util.find_spec("wandb") is None:
-                tqdm.write(
-                    "note: logging.wandb is on, but the package is not installed (pip install wandb); continuing without"
-                )
-            else:
-                import wandb
-
-                id_file = folder / "wandb_id"  # a resumed run continues its wandb run, a new run gets a new one
-                if not step or not id_file.exists():
-                    id_file.write_text(secrets.token_hex(8))
-                self.wandb = wandb.init(
-                    project="nanoldm", id=id_file.read_text(), name=str(folder), config=identity, resume="allow"
-                )
+        if self.tracker:
+            id_file = folder / "tracker_id"  # a resumed run continues in the tracker, a new run gets a new id
+            if not step or not id_file.exists():
+                id_file.write_text(secrets.token_hex(4))
+            run_id = id_file.read_text()
+            # Runs are identified by their id in wandb, and by their name in trackio.
+            identifier = {"id": run_id} if cfg.tracker == "wandb" else {}
+            name = f"{folder.parent.name}-{folder.name}-{run_id}"
+            self.tracker.init(project="nanoldm", name=name, config=identity, resume="allow", **identifier)
 
     def _drop_lines_after(self, step: int) -> None:
         """Remove lines that a killed run logged after its last save: those steps will be repeated."""
@@ -62,24 +70,22 @@ class Logger:
         if self.tensorboard:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
+        if self.tracker:
+            self.tracker.log(metrics, step=step)
 
     def log_image(self, step: int, name: str, image) -> None:
-        """A PIL image for TensorBoard and wandb."""
+        """A PIL image for TensorBoard and the tracker."""
         if self.tensorboard:
             self.tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({name: wandb.Image(image)}, step=step)
+        if self.tracker:
+            self.tracker.log({name: self.tracker.Image(image)}, step=step)
 
     def close(self) -> None:
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        if self.tracker:
+            self.tracker.finish()
 
 
 def _step_of(line: str) -> int | None:

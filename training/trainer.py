@@ -299,7 +299,7 @@ class Trainer:
         )
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Write metrics of this step to metrics.jsonl, TensorBoard and wandb."""
+        """Write metrics of this step to metrics.jsonl, TensorBoard and the tracker."""
         if not self.is_main:
             return
         with warn_if_disk_full("the metrics"):
@@ -309,7 +309,7 @@ class Trainer:
         self._restart_rate()
 
     def log_image(self, name: str, image, file: str) -> None:
-        """Write a PIL image to the run's folder, TensorBoard and wandb."""
+        """Write a PIL image to the run's folder, TensorBoard and the tracker."""
         with warn_if_disk_full(file):
             save_png(image, self.folder / file)
             self._logger.log_image(self.steps_done, name, image)
