@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import evenly_spaced
+from models.perceptual import to_rgb
 from utils.errors import UserError
 from utils.files import first_line
+from utils.images import to_float, to_uint8
 
 PRC_NEIGHBORS = 3  # Kynkäänniemi et al. 2019
 KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # Bińkowski et al. 2018
@@ -21,7 +23,7 @@ KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # Bińkowski et al. 2018
 
 @dataclass
 class Features:
-    """A feature network: uint8 (N, H, W, 3) -> float32 (N, D) on the CPU."""
+    """A feature network: uint8 (N, H, W, C) -> float32 (N, D) on the CPU. The network sees to_rgb(images)."""
 
     name: str  # in reports
     forward: Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> (B, D)
@@ -34,7 +36,10 @@ class Features:
         """Return the features of all images or of those at `rows`."""
         rows, features = np.arange(len(pixels)) if rows is None else rows, []
         for start in range(0, len(rows), batch_size):
-            batch = torch.from_numpy(pixels[rows[start : start + batch_size]]).permute(0, 3, 1, 2).to(self.device)
+            batch = torch.from_numpy(pixels[rows[start : start + batch_size]])
+            if batch.shape[3] != 3:
+                batch = torch.from_numpy(to_uint8(to_rgb(to_float(batch))))
+            batch = batch.permute(0, 3, 1, 2).to(self.device)
             features.append(self.forward(batch.flip(3) if mirrored else batch).float().cpu())
         return torch.cat(features)
 
@@ -104,8 +109,13 @@ def _mobilenet_keras(weights: str | None, device: torch.device) -> Features:
 
 
 def upsample(x: Tensor, size: int = 128) -> Tensor:
-    """uint8 (B, 3, H, W) -> float, at least size x size: MobileNet halves the resolution five times."""
-    return x.float() if x.shape[-1] >= size else F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True)
+    """uint8 (B, 3, H, W) -> float, shorter side at least `size`: MobileNet halves the resolution five times."""
+    height, width = x.shape[2:]
+    short = min(height, width)
+    if short >= size:
+        return x.float()
+    larger = round(size * height / short), round(size * width / short)
+    return F.interpolate(x.float(), larger, mode="bilinear", antialias=True)
 
 
 # Distances between features (N, D) and (M, D)

@@ -40,7 +40,7 @@ def run(config: Config, dry_run: bool) -> None:
 def latent_report(
     vae: VAE, normalizer: Normalizer, originals: np.ndarray, batch_size: int, device: torch.device
 ) -> list[str]:
-    """Paragraphs on training latents per channel and on clamping, measured on uint8 images (N, H, W, 3)."""
+    """Paragraphs on training latents per channel and on clamping, measured on uint8 images (N, H, W, C)."""
     means, nats = [], []
     for batch in torch.from_numpy(np.ascontiguousarray(originals)).split(batch_size):
         posterior = vae.encode(to_float(batch).to(device))
