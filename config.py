@@ -73,7 +73,9 @@ class DataConfig(Section):
         "16 bits, [0, 1] for float",
     )
     download: bool = setting(False, "celeba, cifar10: download with torchvision into data.path")
-    channels: Literal[1, 3, 4] = setting(3, "1: grayscale; 3: RGB; 4: RGBA, for folder and huggingface; 1 and 3: transparency over white")
+    channels: Literal[1, 3, 4] = setting(
+        3, "1: grayscale; 3: RGB; 4: RGBA, for folder and huggingface; 1 and 3: transparency over white"
+    )
     image_size: Annotated[Union[int, list[int]], BeforeValidator(check_image_size)] = setting(
         64, "size of the training images in pixels: a number for squares, or [height, width]"
     )
@@ -430,7 +432,9 @@ class Config(Section):
     def _check_data(self) -> "Config":
         cfg, (height, width) = self.data, self.data.size
         if cfg.channels == 4 and cfg.source not in ("folder", "huggingface"):
-            raise ValueError(f"data.channels=4 needs data.source=folder or huggingface: the images of {cfg.source} have no transparency")
+            raise ValueError(
+                f"data.channels=4 needs data.source=folder or huggingface: the images of {cfg.source} have no transparency"
+            )
         if cfg.source == "synthetic_faces" and (cfg.channels != 3 or height != width or height < 16):
             raise ValueError(
                 f"data.source=synthetic_faces needs data.channels=3 and a square data.image_size of at least 16 "
