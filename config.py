@@ -37,6 +37,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 FeatureName = Literal["inception", "dinov2", "clip", "efficientnet_lite0", "mobilenet_v2"]
 
 
+def check_image_size(value: Any) -> Any:
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2 or not all(type(side) is int and 8 <= side <= 4096 for side in sides):
+        raise ValueError("must be a number from 8 to 4096, or two as [height, width]")
+    return value
+
+
 class DataConfig(Section):
     source: Literal["synthetic_faces", "folder", "huggingface", "celeba", "cifar10", "coco"] = setting(
         "celeba",
@@ -67,11 +74,16 @@ class DataConfig(Section):
         "16 bits, [0, 1] for float",
     )
     download: bool = setting(False, "celeba, cifar10: download with torchvision into data.path")
-    image_size: Annotated[int, Field(ge=8, le=4096)] = setting(64, "width and height of the training images in pixels")
-    crop: Literal["auto", "ddim", "center140", "square"] = setting(
+    channels: Literal[1, 3, 4] = setting(
+        3, "1: grayscale; 3: RGB; 4: RGBA, for folder and huggingface; 1 and 3: transparency over white"
+    )
+    image_size: Annotated[Union[int, list[int]], BeforeValidator(check_image_size)] = setting(
+        64, "size of the training images in pixels: a number for squares, or [height, width]"
+    )
+    crop: Literal["auto", "ddim", "center140", "center"] = setting(
         "auto",
         "crop before resizing; ddim: CelebA's 128x128 box of Song et al. 2021; center140: CelebA's central 140x140 box; "
-        "square: largest centered square; auto: ddim for celeba, square for other sources",
+        "center: largest centered box with the aspect ratio of image_size; auto: ddim for celeba, center for other sources",
     )
     val_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = setting(
         0.05, "fraction of the images used for validation if the source has no validation split of its own"
@@ -83,6 +95,22 @@ class DataConfig(Section):
         10000, "synthetic_faces: number of training images; val_fraction · num_images validation images are added"
     )
     flip: bool = setting(True, "also train on horizontally mirrored images")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)"""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    @property
+    def size_text(self) -> str:
+        """64 for squares, else 48x64 (height x width)."""
+        height, width = self.size
+        return f"{height}" if height == width else f"{height}x{width}"
+
+    @property
+    def crop_name(self) -> str:
+        """crop with "auto" resolved."""
+        return self.crop if self.crop != "auto" else "ddim" if self.source == "celeba" else "center"
 
 
 class PerceptualConfig(Section):
@@ -222,7 +250,7 @@ class DiffusionConfig(TrainingConfig):
     )
     num_res_blocks: PositiveInt = setting(2, "residual blocks per level")
     attn_resolutions: list[PositiveInt] = setting(
-        [8], "latent resolutions with self-attention; the bottleneck always has it"
+        [8], "latent resolutions (the longer side) with self-attention; the bottleneck always has it"
     )
     head_channels: PositiveInt = setting(64, "minimum number of channels per attention head")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = setting(0.1, "dropout in residual blocks")
@@ -233,7 +261,9 @@ class DiffusionConfig(TrainingConfig):
     cfg_dropout: Fraction = setting(
         0.1, "probability of replacing a condition by the null condition in training, for classifier-free guidance"
     )
-    cross_attn_resolutions: list[PositiveInt] = setting([], "text: latent resolutions with cross-attention to the caption")
+    cross_attn_resolutions: list[PositiveInt] = setting(
+        [], "text: latent resolutions (the longer side) with cross-attention to the caption"
+    )
     bottleneck: Literal["residual", "transformer"] = setting(
         "residual", "middle block of the U-Net; residual: residual blocks and attention; transformer: adaLN-Zero blocks"
     )
@@ -421,34 +451,53 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_data(self) -> "Config":
+        cfg, (height, width) = self.data, self.data.size
+        if cfg.channels == 4 and cfg.source not in ("folder", "huggingface"):
+            raise ValueError(
+                f"data.channels=4 needs data.source=folder or huggingface: the images of {cfg.source} have no transparency"
+            )
+        if cfg.source == "synthetic_faces" and (cfg.channels != 3 or height != width or height < 16):
+            raise ValueError(
+                f"data.source=synthetic_faces needs data.channels=3 and a square data.image_size of at least 16 "
+                f"(got {cfg.channels} and {cfg.size_text})"
+            )
+        if cfg.crop_name in ("ddim", "center140") and height != width:
+            raise ValueError(
+                f"data.crop={cfg.crop_name} needs a square data.image_size (got {cfg.size_text}): use data.crop=center"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_sizes(self) -> "Config":
         if self.data.value_range and self.data.value_range[0] == self.data.value_range[1]:
             raise ValueError(f"data.value_range must be two different values (got {self.data.value_range})")
-        net, image_size = self.vae.perceptual.net, self.data.image_size
-        if image_size < MIN_PERCEPTUAL_SIZES.get(net, 0):
+        net, shorter_side = self.vae.perceptual.net, min(self.data.size)
+        if shorter_side < MIN_PERCEPTUAL_SIZES.get(net, 0):
             raise ValueError(
-                f"data.image_size must be at least {MIN_PERCEPTUAL_SIZES[net]} if vae.perceptual.net={net} (got {image_size}); "
+                f"data.image_size must be at least {MIN_PERCEPTUAL_SIZES[net]} if vae.perceptual.net={net} (got {self.data.size_text}); "
                 f"vae.perceptual.net=none turns it off"
+            )
+        if self.vae.adversarial.weight > 0 and shorter_side < MIN_DISCRIMINATOR_SIZE:
+            raise ValueError(
+                f"data.image_size must be at least {MIN_DISCRIMINATOR_SIZE} if vae.adversarial.weight > 0 "
+                f"(got {self.data.size_text})"
             )
         if self.vae.steps == 0 and self.vae.init_from is None:
             raise ValueError("vae.steps must be at least 1 without vae.init_from (got 0)")
         if self.vae.init_from is not None:
             return self  # the downsampling factor is known when the weights are read
-        size, levels = self.data.image_size, len(self.diffusion.channels)
-        f, latent_size = self.vae.downsampling, size // self.vae.downsampling
-        if size % f:
+        f, levels = self.vae.downsampling, len(self.diffusion.channels)
+        if any(side % f for side in self.data.size):
             raise ValueError(
                 f"data.image_size must be a multiple of {f}, the VAE's downsampling factor vae.patch_size · 2^(levels-1) "
-                f"(got {size})"
+                f"(got {self.data.size_text})"
             )
-        if latent_size % 2 ** (levels - 1):
+        height, width = (side // f for side in self.data.size)
+        if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
             raise ValueError(
-                f"diffusion.channels must have fewer levels: latents of {latent_size}x{latent_size} cannot be halved "
+                f"diffusion.channels must have fewer levels: latents of {height}x{width} cannot be halved "
                 f"{levels - 1} times (got {levels} levels)"
-            )
-        if self.vae.adversarial.weight > 0 and size < MIN_DISCRIMINATOR_SIZE:
-            raise ValueError(
-                f"data.image_size must be at least {MIN_DISCRIMINATOR_SIZE} if vae.adversarial.weight > 0 (got {size})"
             )
         return self
 
@@ -460,8 +509,8 @@ class Config(Section):
             raise ValueError("diffusion.condition=text needs text.encoder=pretrained or words (got none)")
         if self.vae.init_from is not None:
             return self  # UNet checks the resolutions
-        latent_size = self.data.image_size // self.vae.downsampling
-        resolutions = [latent_size >> level for level in range(len(self.diffusion.channels))]
+        longer_side = max(self.data.size) // self.vae.downsampling
+        resolutions = [longer_side >> level for level in range(len(self.diffusion.channels))]
         if not set(resolutions) & set(self.diffusion.cross_attn_resolutions):
             raise ValueError(
                 f"diffusion.cross_attn_resolutions must contain at least one of {', '.join(map(str, resolutions))}, the "

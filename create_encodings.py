@@ -69,14 +69,14 @@ def encode(config: Config, dry_run: bool) -> None:
         vae_fingerprint=fingerprint(vae.state_dict()),
         data_fingerprint=images.fingerprint,
     )
-    size = metadata["image_size"] // vae.downsampling
+    height, width = (side // vae.downsampling for side in config.data.size)
     num_encodings = len(rows[TRAIN]) * (2 if config.data.flip else 1) + len(rows[VAL])
-    num_bytes = num_encodings * size * size * vae.latent_channels * 2
+    num_bytes = num_encodings * height * width * vae.latent_channels * 2
     mirrored = " and their mirror images" if config.data.flip else ""
     print("stage 2 of 4: encode the images")
     print(
         f"encodings: {len(rows[TRAIN]):,} training images{mirrored}, {len(rows[VAL]):,} validation images, "
-        f"{size}x{size}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}"
+        f"{height}x{width}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}"
     )
     print(f"files: {path} ({num_bytes / 1e6:,.0f} MB)")
     if is_up_to_date(path, result, encoder, config):
@@ -100,7 +100,7 @@ def encode(config: Config, dry_run: bool) -> None:
 
     def encode_split(title: str, split: int, flip: bool = False) -> list[Path]:
         split_rows = torch.from_numpy(rows[split])
-        encode_latents = make_latent_encoder(config, vae, loader, split_rows, flip, size)
+        encode_latents = make_latent_encoder(config, vae, loader, split_rows, flip)
 
         def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
             content = encode_latents(chunk, advance)
@@ -179,13 +179,13 @@ def join_chunks(files: list[Path], key: str) -> Tensor:
     return torch.cat(parts, out=joined)
 
 
-def make_latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool, size: int) -> EncodeChunk:
+def make_latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool) -> EncodeChunk:
     """Return a function that encodes a chunk of the images at `rows` to posterior means, mirrored first if `flip`."""
     cfg, device, dtype = config.encodings, loader.device, pick_precision(config.precision, loader.device)
-    storage = getattr(torch, cfg.dtype)
+    storage, size = getattr(torch, cfg.dtype), [side // vae.downsampling for side in config.data.size]
 
     def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
-        means = torch.empty(len(chunk), vae.latent_channels, size, size, dtype=storage, device=device)
+        means = torch.empty(len(chunk), vae.latent_channels, *size, dtype=storage, device=device)
         batches = rows[chunk.start : chunk.stop].split(cfg.batch_size)
         for start, batch, next_batch in zip(count(0, cfg.batch_size), batches, [*batches[1:], None]):
             x = to_float(loader.batch(batch, next_batch))

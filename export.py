@@ -1,8 +1,8 @@
 """Export a trained model to a folder that diffusers loads without this project.
 
 Writes runs/<name>/<diffusion.name>/diffusers/ with the VAE, the U-Net, a scheduler and a model card. An unconditional model
-becomes an LDMPipeline; a class-conditional model is saved as separate components, because LDMPipeline takes no labels. The
-export is loaded again and must reproduce the samples of infer.py. Needs the package diffusers.
+of square images becomes an LDMPipeline; others become components, because LDMPipeline takes no labels and makes square images.
+The export is loaded again and must reproduce the samples of infer.py. Needs the package diffusers.
 """
 
 from utils import cli
@@ -46,10 +46,13 @@ def export(config: Config, dry_run: bool) -> None:
         scheduler_name, scheduler_args = scheduler_config(model.schedule, model.prediction, config.sampling.sigma_max)
     except ValueError as error:
         raise UserError(f"{model.checkpoint.path} cannot be exported: {error}") from None
-    vae_name = "vae" if model.unet.conditioner else "vqvae"  # LDMPipeline calls every autoencoder vqvae
+    is_pipeline = not model.unet.conditioner and model.image_shape[0] == model.image_shape[1]
+    vae_name = "vqvae" if is_pipeline else "vae"  # LDMPipeline calls every autoencoder vqvae
     num_bytes = 4 * sum(p.numel() for net in (model.vae, model.unet) for p in net.parameters())
     require_space(folder, 2 * num_bytes)
     print(f"export: {model.checkpoint.path}, step {model.checkpoint.metadata['step']:,}, scheduler {scheduler_name}")
+    if not is_pipeline:
+        print("note: LDMPipeline takes no labels and makes square images only: exporting components without a pipeline")
     print(f"files: {folder}/{vae_name}/, unet/, scheduler/, README.md ({num_bytes / 1e6:,.0f} MB)")
     if dry_run:
         return
@@ -64,11 +67,11 @@ def export(config: Config, dry_run: bool) -> None:
     temporary = folder.with_name(".diffusers.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if model.unet.conditioner:
+        if is_pipeline:
+            diffusers.LDMPipeline(vae, unet, scheduler).save_pretrained(temporary)
+        else:
             for name, part in ((vae_name, vae), ("unet", unet), ("scheduler", scheduler)):
                 part.save_pretrained(temporary / name)
-        else:
-            diffusers.LDMPipeline(vae, unet, scheduler).save_pretrained(temporary)
         difference = check(model, temporary, vae_name, scheduler_name, config.sampling.sigma_max)
         (temporary / "README.md").write_text(
             model_card(config, model, temporary, scheduler_name, difference), encoding="utf-8"
@@ -84,13 +87,13 @@ def export(config: Config, dry_run: bool) -> None:
 def vae_with_normalizer(model: LatentDiffusion) -> tuple[dict, dict[str, Tensor]]:
     """Arguments and state dict of AutoencoderKL. The global scale becomes scaling_factor; per-channel normalization is folded into
     the quant convolutions, because LDMPipeline ignores every other shift and scale."""
-    n, settings, state = model.normalizer, dict(model.vae.settings), model.vae.state_dict()
+    n, settings, state, size = model.normalizer, dict(model.vae.settings), model.vae.state_dict(), model.image_shape[:2]
     if bool((n.shift == 0).all()) and bool((n.scale == n.scale[0]).all()):
-        return vae_config(settings, model.image_size, float(n.scale[0])), to_diffusers(state, vae_modules(settings))
+        return vae_config(settings, size, float(n.scale[0])), to_diffusers(state, vae_modules(settings))
     if not settings["quant_conv"]:
         state |= identity_quant_convs(model.vae.latent_channels)
     settings["quant_conv"] = True
-    return vae_config(settings, model.image_size), to_diffusers(fold_normalizer(state, n), vae_modules(settings))
+    return vae_config(settings, size), to_diffusers(fold_normalizer(state, n), vae_modules(settings))
 
 
 def identity_quant_convs(channels: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ if __name__ == "__main__":
     cli.handle_help(__doc__)
 
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def infer(config: Config, dry_run: bool) -> None:
     cfg, device = config.sampling, pick_device(config.device)
     dtype = pick_precision(cfg.precision, device)
     model = LatentDiffusion.load(config, device, dtype)
-    init = InitImage.load(cfg, model.image_size, model.vae.downsampling)
+    init = InitImage.load(cfg, model.image_shape, model.vae.downsampling)
     prompts = read_prompts(config, model.unet.conditioner, device)
     rows = len(prompts.titles) or cfg.rows
     num_images, results = cfg.num_images or rows * cfg.cols, Path(config.results_dir)
@@ -48,7 +49,7 @@ def infer(config: Config, dry_run: bool) -> None:
             f"use sampling.save_images=true, or a larger grid"
         )
     name = f"{config.name}_{config.diffusion_name}_{cfg.sampler}_{rows}x{cfg.cols}{name_suffix(cfg)}"
-    require_space(results, (rows * cfg.cols + (num_images if cfg.save_images else 0)) * 3 * model.image_size**2)
+    require_space(results, (rows * cfg.cols + (num_images if cfg.save_images else 0)) * math.prod(model.image_shape))
     steps = len(model.timesteps(cfg, init.strength if init else 1.0))
     print_plan(cfg, model, results / name, f"{steps} steps", num_images)
     for line in prompts.warnings:

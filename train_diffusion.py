@@ -56,7 +56,7 @@ def train(config: Config, dry_run: bool) -> None:
     encodings = load_encodings(vae, config)
     if changes := encodings.differences(config):
         raise UserError(f"{encodings_path(config)}: {'; '.join(changes)}: run create_encodings.py, or restore the settings")
-    n, channels, size, _ = encodings.mean.shape
+    n, channels, *size = encodings.mean.shape
     schedule = make_schedule(cfg.schedule, cfg.timesteps)
     conditioning = conditioning_settings(config, encodings)
     torch.manual_seed(config.seed)
@@ -98,7 +98,7 @@ def train(config: Config, dry_run: bool) -> None:
             cond = unet.conditioner.drop(train_cond.gather(rows % n), cfg.cfg_dropout) if train_cond else ()
             cond = tuple(c[shard] for c in cond)
             t = sample_timesteps(cfg, cfg.batch_size, device)[shard]
-            eps = torch.randn(cfg.batch_size, channels, size, size, device=device)[shard]
+            eps = torch.randn(cfg.batch_size, channels, *size, device=device)[shard]
             latents = loader.batch(rows[shard], next_rows[shard])  # (B, C, h, w), unscaled
 
             def forward_backward(micro_batch: slice) -> None:
@@ -127,7 +127,7 @@ def train(config: Config, dry_run: bool) -> None:
                 trainer.save_snapshot()
 
 
-def build_unet(cfg: DiffusionConfig, in_channels: int, size: int, conditioning: dict | None) -> UNet:
+def build_unet(cfg: DiffusionConfig, in_channels: int, size: list[int], conditioning: dict | None) -> UNet:
     """A new U-Net, or the one of diffusion.init_from."""
     try:
         if cfg.init_from is not None:
@@ -149,19 +149,20 @@ def build_unet(cfg: DiffusionConfig, in_channels: int, size: int, conditioning: 
         raise UserError(f"diffusion: {error}") from None
 
 
-def pretrained_unet(cfg: DiffusionConfig, in_channels: int, size: int, conditioning: dict | None) -> UNet:
+def pretrained_unet(cfg: DiffusionConfig, in_channels: int, size: list[int], conditioning: dict | None) -> UNet:
     """The U-Net of diffusion.init_from for this dataset. A conditioner that does not fit is initialized randomly."""
     key, pretrained = "diffusion.init_from", load_pretrained("unet", cfg.init_from, "diffusion.init_from")
     settings, state, metadata = pretrained.settings, pretrained.state, pretrained.metadata
-    if (settings["in_channels"], settings["size"]) != (in_channels, size):
-        raise UserError(
-            f"{key}: {cfg.init_from} takes latents of {settings['size']}x{settings['size']}x{settings['in_channels']}, "
-            f"and the encodings are {size}x{size}x{in_channels}"
-        )
     for name in ("prediction", "schedule"):
         if metadata.get(name, getattr(cfg, name)) != getattr(cfg, name):
             raise UserError(f"{key}: {cfg.init_from} was trained with diffusion.{name}={metadata[name]}: use the same here")
     unet = UNet(**settings | dict(conditioning=conditioning, dropout=cfg.dropout))
+    expected, actual = [*unet.settings["size"], unet.settings["in_channels"]], [*size, in_channels]
+    if expected != actual:
+        raise UserError(
+            f"{key}: {cfg.init_from} takes latents of {'x'.join(map(str, expected))}, "
+            f"and the encodings are {'x'.join(map(str, actual))}"
+        )
     new = unet.state_dict()
     state = {k: v for k, v in state.items() if not k.startswith("conditioner.") or (k in new and v.shape == new[k].shape)}
     reset = [k for k in new if k.startswith("conditioner.") and k not in state]
@@ -173,14 +174,14 @@ def pretrained_unet(cfg: DiffusionConfig, in_channels: int, size: int, condition
 
 def print_plan(config: Config, unet: UNet, encodings: LatentDataset, hardware: str) -> None:
     cfg = config.diffusion
-    n, channels, size, _ = encodings.mean.shape
+    n, channels, height, width = encodings.mean.shape
     mirrored = " and their mirror images" if encodings.mean_flipped is not None else ""
     condition = f", {describe(unet.conditioner)}" if unet.conditioner else ""
     limit = f", at most {cfg.max_minutes:g} minutes" if cfg.max_minutes else ""
     print("stage 3 of 4: train the U-Net")
     if cfg.init_from:
         print(f"initial weights: {cfg.init_from}")
-    print(f"U-Net: {num_params(unet) / 1e6:.2f}M parameters, {size}x{size}x{channels} latents, {hardware}")
+    print(f"U-Net: {num_params(unet) / 1e6:.2f}M parameters, {height}x{width}x{channels} latents, {hardware}")
     print(f"latents: {n:,} for training{mirrored}, {len(encodings.val_mean):,} for validation")
     print(
         f"{cfg.schedule} schedule with T = {cfg.timesteps}, predicts {cfg.prediction}, loss weighting {cfg.weighting}{condition}"
@@ -189,11 +190,10 @@ def print_plan(config: Config, unet: UNet, encodings: LatentDataset, hardware: s
     folder = config.run_dir / config.diffusion_name
     print(f"files: {folder}/unet.safetensors, state.pt, metrics.jsonl, curves.png, samples/")
     attn_resolutions = unet.settings["attn_resolutions"]
-    sizes = [size >> level for level in range(len(unet.settings["channels"]))]
-    if attn_resolutions and not set(attn_resolutions) & set(sizes):
+    if attn_resolutions and not set(attn_resolutions) & set(unet.resolutions):
         print(
             f"note: diffusion.attn_resolutions {attn_resolutions} matches none of the U-Net's resolutions, "
-            f"{', '.join(map(str, sizes))}: only the bottleneck has self-attention"
+            f"{', '.join(map(str, unet.resolutions))}: only the bottleneck has self-attention"
         )
 
 

@@ -75,8 +75,10 @@ def train(config: Config, dry_run: bool) -> None:
     discriminator = None
     if cfg.adversarial.weight > 0:
         torch.manual_seed(config.seed + 1)
-        discriminator = PatchDiscriminator(cfg.adversarial.width).to(device, memory_format=torch.channels_last)
+        discriminator = PatchDiscriminator(cfg.adversarial.width, in_channels=vae.in_channels)
+        discriminator = discriminator.to(device, memory_format=torch.channels_last)
     vae.grad_checkpointing = cfg.grad_checkpointing
+    latent_size = [side // vae.downsampling for side in config.data.size]
     compile_for_training(config.compile, device, vae, perceptual, discriminator)
 
     with make_trainer(config, vae, discriminator, images) as trainer:
@@ -88,9 +90,8 @@ def train(config: Config, dry_run: bool) -> None:
                 for start in (trainer.images_seen, trainer.images_seen + cfg.batch_size)
             )
             flip = (torch.rand(cfg.batch_size, 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0))[shard]
-            size = config.data.image_size // vae.downsampling
-            noise = torch.randn(cfg.batch_size, vae.latent_channels, size, size, device=device)[shard]
-            pixels = loader.batch(rows, next_rows)  # (B, H, W, 3) uint8
+            noise = torch.randn(cfg.batch_size, vae.latent_channels, *latent_size, device=device)[shard]
+            pixels = loader.batch(rows, next_rows)  # (B, H, W, C) uint8
             kl_weight = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
 
             def forward_backward(micro_batch: slice) -> None:
@@ -126,18 +127,23 @@ def train(config: Config, dry_run: bool) -> None:
 
 def build_vae(config: Config) -> VAE:
     """A new VAE, or the one of vae.init_from."""
-    cfg, image_size = config.vae, config.data.image_size
+    cfg, data = config.vae, config.data
     if cfg.init_from is not None:
         pretrained = load_pretrained("vae", cfg.init_from, "vae.init_from")
         vae = VAE(**pretrained.settings)
         initialize(vae, pretrained.state, "vae.init_from")
-        if image_size % vae.downsampling:
+        if vae.in_channels != data.channels:
+            raise UserError(
+                f"data.channels must be {vae.in_channels}, the image channels of {cfg.init_from} (got {data.channels})"
+            )
+        if any(side % vae.downsampling for side in data.size):
             raise UserError(
                 f"data.image_size must be a multiple of {vae.downsampling}, the downsampling factor of {cfg.init_from} "
-                f"(got {image_size})"
+                f"(got {data.size_text})"
             )
         return vae
     return VAE(
+        in_channels=data.channels,
         channels=cfg.channels,
         num_res_blocks=cfg.num_res_blocks,
         latent_channels=cfg.latent_channels,
@@ -148,8 +154,7 @@ def build_vae(config: Config) -> VAE:
 
 
 def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Module | None, hardware: str) -> None:
-    cfg, image_size = config.vae, config.data.image_size
-    latent_size = image_size // vae.downsampling
+    cfg, (height, width), f = config.vae, config.data.size, vae.downsampling
     loss = cfg.reconstruction
     loss += f" + {cfg.perceptual.weight:g} {perceptual.title}" if perceptual else ""
     loss += f" + {cfg.kl_weight:g} KL (nats per latent dimension)"
@@ -159,8 +164,8 @@ def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Mod
     if cfg.init_from:
         print(f"initial weights: {cfg.init_from}" + (", used without training" if cfg.steps == 0 else ""))
     print(
-        f"VAE: {num_params(vae) / 1e6:.2f}M parameters, {image_size}x{image_size}x3 -> "
-        f"{latent_size}x{latent_size}x{vae.latent_channels}, {hardware}"
+        f"VAE: {num_params(vae) / 1e6:.2f}M parameters, {height}x{width}x{vae.in_channels} -> "
+        f"{height // f}x{width // f}x{vae.latent_channels}, {hardware}"
     )
     print("\n".join(index.describe()))
     if note := few_val_images(config, index):
@@ -193,7 +198,10 @@ def compile_for_training(setting, device, vae: VAE, perceptual: nn.Module | None
 
 def make_trainer(config: Config, vae: VAE, discriminator: nn.Module | None, images: Images) -> Trainer:
     metadata = dict(
-        kind="vae", settings=vae.settings, image_size=config.data.image_size, data_fingerprint=images.fingerprint
+        kind="vae",
+        settings=vae.settings,
+        image_shape=(*config.data.size, config.data.channels),
+        data_fingerprint=images.fingerprint,
     )
     return Trainer(
         config.run_dir / "vae",

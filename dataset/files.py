@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dataset.color import to_8_bit_srgb
 from utils.errors import UserError
 from utils.files import first_line, printable
+from utils.images import MODES, over_white
 
 IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm .pbm .pnm .jp2 .tga".split())
 # Files with other suffixes, or none, are images if Pillow recognizes the first bytes as one of these formats.
@@ -187,8 +188,8 @@ def _stats(entry: Path | zipfile.ZipInfo) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def decode_image(content: bytes, value_range: list[float] | None = None) -> Image.Image:
-    """Decode to RGB: upright (EXIF), transparency over white, first frame of an animation."""
+def decode_image(content: bytes, channels: int = 3, value_range: list[float] | None = None) -> Image.Image:
+    """Decode to gray, RGB or RGBA: upright (EXIF), first frame of an animation, transparency over white unless RGBA."""
     try:
         image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
@@ -198,12 +199,16 @@ def decode_image(content: bytes, value_range: list[float] | None = None) -> Imag
     image = to_8_bit_srgb(image, value_range)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = image if channels == 4 else over_white(image)
+    return image.convert(MODES[channels])
 
 
-def crop_and_resize(image: Image.Image, crop: str, size: int) -> np.ndarray:
-    """Crop to a square and resize to (size, size, 3) uint8; the CelebA crop boxes, defined for 178x218 images, scale with the image."""
+def crop_and_resize(image: Image.Image, crop: str, size: tuple[int, int]) -> np.ndarray:
+    """Crop, and resize to size = (height, width): (height, width, C) uint8.
+
+    center: the largest centered box with the aspect ratio of size. The CelebA boxes, defined for 178x218 images, scale with
+    the image.
+    """
     width, height = image.size
     if crop in CELEBA_BOXES:
         scale = width / CELEBA_SIZE[0]
@@ -213,9 +218,14 @@ def crop_and_resize(image: Image.Image, crop: str, size: int) -> np.ndarray:
             )
         left, top, right, bottom = (int(edge * scale) for edge in CELEBA_BOXES[crop])
     else:
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        right, bottom = left + side, top + side
-    if (right - left, bottom - top) == (size, size):
-        return np.asarray(image.crop((left, top, right, bottom)))
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, right, bottom)))
+        aspect = size[1] / size[0]
+        box_width = min(width, max(1, round(height * aspect)))
+        box_height = min(height, max(1, round(width / aspect)))
+        left, top = (width - box_width) // 2, (height - box_height) // 2
+        right, bottom = left + box_width, top + box_height
+    if (bottom - top, right - left) == tuple(size):
+        image = image.crop((left, top, right, bottom))
+    else:
+        # Pillow multiplies RGB by alpha before it resamples RGBA, so hidden colors do not leak into edges.
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    return np.asarray(image).reshape(*size, -1)

@@ -130,7 +130,7 @@ def image_content(entry) -> bytes | None:
     return entry if isinstance(entry, bytes) else entry and (entry.get("bytes") or Path(entry["path"]).read_bytes())
 
 
-def image_reader(parts: list, column: str, cfg: DataConfig, crop: str):
+def image_reader(parts: list, column: str, cfg: DataConfig):
     """Return a function from indices into the concatenated parts to decoded images or error messages."""
     starts = np.cumsum([0, *map(len, parts)])
 
@@ -139,7 +139,7 @@ def image_reader(parts: list, column: str, cfg: DataConfig, crop: str):
             content = image_content(entry)
             if not content:
                 return "the row has no image"
-            return crop_and_resize(decode_image(content, value_range=cfg.value_range), crop, cfg.image_size)
+            return crop_and_resize(decode_image(content, cfg.channels, cfg.value_range), cfg.crop_name, cfg.size)
         except Exception as error:  # PIL raises almost any type on damaged files
             return f"{type(error).__name__}: {error}"
 
@@ -155,7 +155,7 @@ def image_reader(parts: list, column: str, cfg: DataConfig, crop: str):
     return read
 
 
-def read_dataset(cfg: DataConfig, crop: str) -> dict:
+def read_dataset(cfg: DataConfig) -> dict:
     """Return the arguments of Source."""
     import datasets
 
@@ -184,7 +184,7 @@ def read_dataset(cfg: DataConfig, crop: str) -> dict:
         labels.append(values)
     return dict(
         names=[f"{name}-{i:08d}" for name, part in zip(codes, parts) for i in range(len(part))],
-        read=image_reader(parts, image_column, cfg, crop),
+        read=image_reader(parts, image_column, cfg),
         cache_key=[
             [[name, len(splits[name]), splits[name]._fingerprint] for name in codes],
             [image_column, label_columns, caption_column, cfg.value_range],

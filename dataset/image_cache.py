@@ -29,7 +29,7 @@ MAX_DAMAGED_FRACTION = 0.01  # of unreadable images
 ABORT_AFTER_DAMAGED = 100  # unreadable images
 BLOCK_SIZE = 64  # images per read task and per checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)
-CACHE_VERSION = 6  # increase when the format changes
+CACHE_VERSION = 7  # increase when the format changes
 CHECKSUMS = "checksums.json"  # written last
 TABLES = ("split.npy", "labels.npy", "meta.json")
 
@@ -38,7 +38,7 @@ TABLES = ("split.npy", "labels.npy", "meta.json")
 class Images:
     """A decoded dataset; `pixels` is memory-mapped."""
 
-    pixels: np.ndarray  # (N, size, size, 3) uint8
+    pixels: np.ndarray  # (N, height, width, C) uint8
     split: np.ndarray  # (N,) TRAIN, VAL or TEST
     labels: np.ndarray | None  # (N, K) int64
     label_names: dict[str, list[str]]
@@ -58,7 +58,7 @@ class DatasetIndex:
     source: Source
     split: np.ndarray  # (N,) of all images of the source
     selected: np.ndarray  # indices of the images to use
-    image_size: int
+    image_shape: tuple[int, int, int]  # (height, width, C)
     cache_dir: Path
 
     def num_images(self, split: int) -> int:
@@ -66,7 +66,7 @@ class DatasetIndex:
 
     @property
     def image_bytes(self) -> int:
-        return self.image_size**2 * 3
+        return math.prod(self.image_shape)
 
     def describe(self) -> list[str]:
         """Lines of the plan: all files that were found, the splits, labels and captions."""
@@ -103,10 +103,11 @@ def index_dataset(config: Config) -> DatasetIndex:
     if split is None or not (split == VAL).any():
         split_by_hash = split_by_name(source.names, cfg.val_fraction)
         split = split_by_hash if split is None else np.where(split == TRAIN, split_by_hash, split)
+    image_shape = (*cfg.size, cfg.channels)
     key = json.dumps(
         [
             cfg.source,
-            cfg.image_size,
+            image_shape,
             cfg.crop,
             cfg.max_train_images,
             cfg.val_fraction,
@@ -117,12 +118,12 @@ def index_dataset(config: Config) -> DatasetIndex:
     )
     path = os.path.abspath(cfg.path) if cfg.path else cfg.source
     digests = (hashlib.sha256(text.encode()).hexdigest() for text in (path, key))
-    cache_name = f"{cfg.source}{cfg.image_size}-{next(digests)[:8]}-{next(digests)[:12]}"
+    cache_name = f"{cfg.source}{cfg.size_text}-{next(digests)[:8]}-{next(digests)[:12]}"
     index = DatasetIndex(
         source=source,
         split=split,
         selected=select_images(split, cfg.max_train_images),
-        image_size=cfg.image_size,
+        image_shape=image_shape,
         cache_dir=Path(config.runs_dir) / "cache" / cache_name,
     )
     if not index.cache_dir.exists():
@@ -290,7 +291,7 @@ def write_tables(index: DatasetIndex, folder: Path, blocks: list[Block]) -> None
     checksums = {"pixels.u8": [(block.num_images, block.checksum) for block in blocks]}
     meta = dict(
         count=len(good),
-        size=index.image_size,
+        image_shape=index.image_shape,
         label_names=source.label_names,
         names=[source.names[i] for i in good],
         captions=[source.captions[i] for i in good] if source.captions is not None else None,
@@ -329,7 +330,7 @@ def open_cache(cache_dir: Path) -> Images:
         checksums = json.loads((cache_dir / CHECKSUMS).read_bytes())
         split, labels, meta = (_read_verified(cache_dir / name, checksums[name]) for name in TABLES)
         split, labels, meta = np.load(io.BytesIO(split)), np.load(io.BytesIO(labels)), json.loads(meta)
-        shape = (meta["count"], meta["size"], meta["size"], 3)
+        shape = (meta["count"], *meta["image_shape"])
         path, blocks = cache_dir / "pixels.u8", [Block(n, [], digest) for n, digest in checksums["pixels.u8"]]
         if path.stat().st_size != math.prod(shape) or sum(block.num_images for block in blocks) != meta["count"]:
             raise ValueError("pixels.u8 has the wrong size")

@@ -21,6 +21,7 @@ from dataset.layout import describe_left_out, read_layout
 from dataset.metadata import TABLE_NAMES, Metadata, label_columns
 from utils.errors import UserError
 from utils.files import first_line
+from utils.images import MODES
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Source:
     """A dataset whose images are not read yet: names, a function that reads images, split, labels and captions."""
 
     names: list[str]  # (N,)
-    read: Callable[[list[int]], list]  # indices -> (size, size, 3) uint8 each, or an error message
-    cache_key: list  # everything that the images depend on, except data.image_size and data.crop
+    read: Callable[[list[int]], list]  # indices -> (height, width, C) uint8 each, or an error message
+    cache_key: list  # everything that the images depend on, except data.image_size, data.channels and data.crop
     split: np.ndarray | None = None  # (N,) TRAIN, VAL or TEST; None: no official split
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)  # K labels, each with the names of its values
@@ -37,19 +38,14 @@ class Source:
     account: str = ""  # one line on the files that were found, used and skipped
 
 
-def crop_name(cfg: DataConfig) -> str:
-    """Return data.crop with "auto" resolved."""
-    return cfg.crop if cfg.crop != "auto" else "ddim" if cfg.source == "celeba" else "square"
-
-
 def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Source:
-    crop = crop_name(cfg)
     sample = evenly_spaced(np.array(names, dtype=object), NUM_PROBED)
     check_value_range(sample, files.open, known=cfg.value_range is not None)
 
     def read_one(name: str):
         try:
-            return crop_and_resize(decode_image(files.read(name), value_range=cfg.value_range), crop, cfg.image_size)
+            image = decode_image(files.read(name), cfg.channels, cfg.value_range)
+            return crop_and_resize(image, cfg.crop_name, cfg.size)
         except Exception as error:  # PIL raises almost any type on damaged files
             return f"{type(error).__name__}: {error}"
 
@@ -159,9 +155,13 @@ def cifar10(cfg: DataConfig, seed: int) -> Source:
         ) from None
     pixels = np.concatenate([part.data for part in parts])  # (60000, 32, 32, 3)
     num_train = len(parts[0].data)
+
+    def read_one(i: int) -> np.ndarray:
+        return crop_and_resize(Image.fromarray(pixels[i]).convert(MODES[cfg.channels]), "center", cfg.size)
+
     return Source(
         [f"{i:05d}" for i in range(len(pixels))],
-        read=lambda indices: [crop_and_resize(Image.fromarray(pixels[i]), "square", cfg.image_size) for i in indices],
+        read=lambda indices: [read_one(i) for i in indices],
         cache_key=["cifar10", len(pixels)],
         split=np.repeat([TRAIN, VAL], [num_train, len(pixels) - num_train]).astype(np.uint8),
         labels=np.array([y for part in parts for y in part.targets], dtype=np.int64)[:, None],
@@ -171,13 +171,11 @@ def cifar10(cfg: DataConfig, seed: int) -> Source:
 
 def synthetic_faces(cfg: DataConfig, seed: int) -> Source:
     """Procedural faces; the val images have the indices after the training images."""
-    if cfg.image_size < 16:
-        raise UserError(f"data.image_size must be at least 16 for synthetic_faces (got {cfg.image_size})")
     num_val = max(8, round(cfg.val_fraction * cfg.num_images))
     indices = np.arange(cfg.num_images + num_val)
     return Source(
         [f"{i:06d}" for i in indices],
-        read=lambda rows: list(faces.render(seed, np.asarray(rows), cfg.image_size)),
+        read=lambda rows: list(faces.render(seed, np.asarray(rows), cfg.size[0])),
         # The hash of the code is included, because the code determines the images.
         cache_key=[hashlib.sha256(Path(faces.__file__).read_bytes()).hexdigest(), seed, len(indices)],
         split=np.where(indices < cfg.num_images, TRAIN, VAL).astype(np.uint8),
@@ -189,7 +187,7 @@ def synthetic_faces(cfg: DataConfig, seed: int) -> Source:
 
 def huggingface(cfg: DataConfig, seed: int) -> Source:
     """A dataset of the Hugging Face hub, or local parquet, arrow and imagefolder files."""
-    return Source(**read_dataset(cfg, crop_name(cfg)))
+    return Source(**read_dataset(cfg))
 
 
 SOURCES = {

@@ -16,9 +16,11 @@ from torchvision.transforms.v2.functional import resize
 
 from config import EvaluationConfig
 from dataset import evenly_spaced
+from models.perceptual import to_rgb
 from utils.checkpoints import fingerprint
 from utils.errors import UserError
 from utils.files import first_line
+from utils.images import to_float, to_uint8
 
 PRC_NEIGHBORS = 3  # Kynkäänniemi et al. 2019
 KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # Bińkowski et al. 2018
@@ -30,7 +32,7 @@ Forward = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> (B, D)
 
 @dataclass
 class Features:
-    """A feature network: uint8 (N, H, W, 3) -> float32 (N, D) on the CPU."""
+    """A feature network: uint8 (N, H, W, C) -> float32 (N, D) on the CPU. The network sees to_rgb(images)."""
 
     name: str  # in reports
     forward: Forward
@@ -45,7 +47,10 @@ class Features:
         """Return the features of all images or of those at `rows`."""
         rows, features = np.arange(len(pixels)) if rows is None else rows, []
         for start in range(0, len(rows), batch_size):
-            batch = torch.from_numpy(pixels[rows[start : start + batch_size]]).permute(0, 3, 1, 2).to(self.device)
+            batch = torch.from_numpy(pixels[rows[start : start + batch_size]])
+            if batch.shape[3] != 3:
+                batch = torch.from_numpy(to_uint8(to_rgb(to_float(batch))))
+            batch = batch.permute(0, 3, 1, 2).to(self.device)
             features.append(self.forward(batch.flip(3) if mirrored else batch).float().cpu())
         return torch.cat(features)
 

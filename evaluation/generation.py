@@ -13,7 +13,6 @@ from config import Config, SamplingConfig
 from dataset import TRAIN, evenly_spaced
 from dataset.conditions import val_conditions
 from dataset.image_cache import Images
-from dataset.sources import crop_name
 from evaluation.features import Features, frechet, kid, load_features, precision_recall
 from evaluation.reconstruction import reconstruct, val_pixels
 from evaluation.reports import markdown_table, print_plan, weights_origin, write_report
@@ -66,7 +65,7 @@ def run(config: Config, dry_run: bool) -> None:
         f"# Generated images of {config.name}, {config.diffusion_name}: {sampling.sampler}, {sampling.steps} steps, "
         f"spacing {model.spacing(sampling)}, guidance {sampling.guidance:g}",
         f"Compared with {len(train_rows):,} of {len(images.rows(TRAIN)):,} training images, not mirrored "
-        f"({config.data.source}, crop {crop_name(config.data)}, {config.data.image_size} px), "
+        f"({config.data.source}, crop {config.data.crop_name}, {config.data.size_text} px), "
         f"in features of {', '.join(c.network for c in comparisons)}.{small_set_note(len(val), comparisons)}",
         f"Conditions of {min(num_images, len(encodings.val_mean)):,} validation images."
         if cond
@@ -88,7 +87,7 @@ def run(config: Config, dry_run: bool) -> None:
 
 
 def generate_images(model: LatentDiffusion, cfg: SamplingConfig, cond: Cond, n: int) -> tuple[np.ndarray, dict]:
-    """Return uint8 (n, H, W, 3) and the statistics of their latents. Image i has condition i % len(cond[0])."""
+    """Return uint8 (n, H, W, C) and the statistics of their latents. Image i has condition i % len(cond[0])."""
     samples = model.generate(cfg.model_copy(update={"cols": 1}), OutputSpec(n, keep_pixels=n), cond)
     require_finite(samples.moments, cfg)
     return samples.pixel_array(), samples.stats(model.normalizer)

@@ -50,7 +50,7 @@ def latent_report(
     batch_size: int,
     device: torch.device,
 ) -> list[str]:
-    """Paragraphs on training latents per channel, clamping and iFID, measured on uint8 images (N, H, W, 3)."""
+    """Paragraphs on training latents per channel, clamping and iFID, measured on uint8 images (N, H, W, C)."""
     normalizer, means, nats = encodings.normalizer.to(device), [], []
     for batch in torch.from_numpy(np.ascontiguousarray(originals)).split(batch_size):
         posterior = vae.encode(to_float(batch).to(device))

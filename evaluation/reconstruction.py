@@ -47,7 +47,7 @@ def run(config: Config, dry_run: bool) -> None:
         rows.append([f"Fréchet distance to the originals ({network.name})", f"{distance:.2f}"])
     paragraphs = [
         f"# Reconstructions of {config.name}",
-        f"{len(originals):,} validation images at {config.data.image_size} px.",
+        f"{len(originals):,} validation images at {config.data.size_text} px.",
         markdown_table(["metric", "value"], rows),
     ]
     write_report(
@@ -58,7 +58,7 @@ def run(config: Config, dry_run: bool) -> None:
 
 
 def val_pixels(images: Images, at_most: int) -> np.ndarray:
-    """Return evenly spaced images of the validation and test splits, uint8 (N, H, W, 3)."""
+    """Return evenly spaced images of the validation and test splits, uint8 (N, H, W, C)."""
     rows = evenly_spaced(np.concatenate([images.rows(VAL), images.rows(TEST)]), at_most)  # files may be sorted
     if len(rows) < MIN_VAL_IMAGES:
         raise UserError(
@@ -70,7 +70,7 @@ def val_pixels(images: Images, at_most: int) -> np.ndarray:
 
 @torch.no_grad()
 def reconstruct(vae: VAE, pixels: np.ndarray, batch_size: int, device: torch.device, dtype: torch.dtype) -> np.ndarray:
-    """Encode and decode uint8 (N, H, W, 3), using the posterior mean."""
+    """Encode and decode uint8 (N, H, W, C), using the posterior mean."""
     reconstructions = []
     for batch in torch.from_numpy(np.ascontiguousarray(pixels)).split(batch_size):
         with autocast(device, dtype):
@@ -79,7 +79,7 @@ def reconstruct(vae: VAE, pixels: np.ndarray, batch_size: int, device: torch.dev
 
 
 def psnr_ssim(pixels: np.ndarray, originals: np.ndarray, batch_size: int) -> tuple[float, float]:
-    """PSNR (dB) and SSIM of uint8 images (N, H, W, 3), averaged over images."""
+    """PSNR (dB) and SSIM of uint8 images (N, H, W, C) over all channels, averaged over images."""
     psnr = ssim = 0.0
     for start in range(0, len(pixels), batch_size):
         batch = slice(start, start + batch_size)

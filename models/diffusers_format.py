@@ -4,10 +4,12 @@ Both networks compute the same functions as their counterparts, so weights are o
 tensor. Raises ValueError for architectures that have no counterpart.
 """
 
+from typing import Sequence
+
 import torch
 from torch import Tensor
 
-from models.layers import num_heads, num_norm_groups
+from models.layers import height_width, num_heads, num_norm_groups
 
 # Submodules of residual blocks, attention, down- and upsampling whose name in diffusers differs.
 SUBMODULES = {"modulation": "time_emb_proj", "skip": "conv_shortcut", "norm": "group_norm", "out": "to_out.0"}
@@ -28,11 +30,11 @@ def unet_config(settings: dict) -> dict:
         raise ValueError(
             f"diffusers' UNet2DModel takes one label per image (this model has {', '.join(conditioning['names'])})"
         )
-    channels, size = settings["channels"], settings["size"]
+    channels, size = settings["channels"], max(settings["size"])
     has_attention = [size >> level in settings["attn_resolutions"] for level in range(len(channels))]
     groups = num_norm_groups(channels)
     return dict(
-        sample_size=size,
+        sample_size=_sample_size(settings["size"]),
         in_channels=settings["in_channels"],
         out_channels=settings["in_channels"],
         block_out_channels=tuple(channels),
@@ -47,6 +49,12 @@ def unet_config(settings: dict) -> dict:
         resnet_time_scale_shift="scale_shift",
         num_class_embeds=len(next(iter(conditioning["names"].values()))) + 1 if conditioning else None,
     )
+
+
+def _sample_size(size: int | Sequence[int]) -> int | list[int]:
+    """One number for a square, as diffusers' LDMPipeline requires, else [height, width]."""
+    height, width = height_width(size)
+    return height if height == width else [height, width]
 
 
 def _head_dim(settings: dict, has_attention: list[bool]) -> int | None:
@@ -80,7 +88,7 @@ def unet_settings(config: dict) -> dict:
         mid_block_type="UNetMidBlock2D",
     )
     channels = list(config["block_out_channels"])
-    groups, size = num_norm_groups(channels), config["sample_size"]
+    groups, size = num_norm_groups(channels), height_width(config["sample_size"])
     expected |= dict(norm_num_groups=groups, attn_norm_num_groups=groups, out_channels=config["in_channels"])
     _require(config, expected)
     for block in (*config["down_block_types"], *config["up_block_types"]):
@@ -94,7 +102,7 @@ def unet_settings(config: dict) -> dict:
         size=size,
         channels=channels,
         num_res_blocks=config["layers_per_block"],
-        attn_resolutions=[size >> level for level, attn in enumerate(has_attention) if attn],
+        attn_resolutions=[max(size) >> level for level, attn in enumerate(has_attention) if attn],
         head_channels=config["attention_head_dim"] or max(channels),
         dropout=config["dropout"],
         conditioning={"kind": "labels", "names": names} if names else None,
@@ -107,7 +115,7 @@ def unet_settings(config: dict) -> dict:
     return settings
 
 
-def vae_config(settings: dict, image_size: int, scaling_factor: float = 1.0) -> dict:
+def vae_config(settings: dict, image_size: int | Sequence[int], scaling_factor: float = 1.0) -> dict:
     """VAE.settings -> arguments of AutoencoderKL."""
     if settings["patch_size"] != 1:
         raise ValueError(f"vae.patch_size={settings['patch_size']} has no counterpart in diffusers' AutoencoderKL")
@@ -117,15 +125,15 @@ def vae_config(settings: dict, image_size: int, scaling_factor: float = 1.0) -> 
         )
     channels = settings["channels"]
     return dict(
-        in_channels=3,
-        out_channels=3,
+        in_channels=settings["in_channels"],
+        out_channels=settings["in_channels"],
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=tuple(channels),
         layers_per_block=settings["num_res_blocks"],
         latent_channels=settings["latent_channels"],
         norm_num_groups=num_norm_groups(channels),
-        sample_size=image_size,
+        sample_size=_sample_size(image_size),
         scaling_factor=scaling_factor,
         use_quant_conv=settings["quant_conv"],
         use_post_quant_conv=settings["quant_conv"],
@@ -137,12 +145,11 @@ def vae_config(settings: dict, image_size: int, scaling_factor: float = 1.0) -> 
 def vae_settings(config: dict) -> dict:
     """Arguments of AutoencoderKL (config.json) -> VAE.settings."""
     channels = list(config["block_out_channels"])
-    quant_conv = config.get("use_quant_conv", True)
+    in_channels, quant_conv = config.get("in_channels", 3), config.get("use_quant_conv", True)
     _require(
         config,
         dict(
-            in_channels=3,
-            out_channels=3,
+            out_channels=in_channels,
             act_fn="silu",
             norm_num_groups=num_norm_groups(channels),
             use_post_quant_conv=quant_conv,
@@ -151,6 +158,7 @@ def vae_settings(config: dict) -> dict:
         ),
     )
     return dict(
+        in_channels=in_channels,
         channels=channels,
         num_res_blocks=config["layers_per_block"],
         latent_channels=config["latent_channels"],
@@ -175,7 +183,7 @@ def _require(config: dict, expected: dict) -> None:
 
 def unet_modules(settings: dict) -> dict[str, str]:
     """Module names of UNet -> UNet2DModel."""
-    blocks, levels, size = settings["num_res_blocks"], len(settings["channels"]), settings["size"]
+    blocks, levels, size = settings["num_res_blocks"], len(settings["channels"]), max(settings["size"])
     has_attention = [size >> level in settings["attn_resolutions"] for level in range(levels)]
     names = {
         "time_embed.0": "time_embedding.linear_1",

@@ -10,14 +10,14 @@ MAX_ADAPTIVE_WEIGHT = 1e4  # as in the VQGAN code, for a vanishing adversarial g
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2), one per 70x70 patch; positive means real.
+    """Images (B, in_channels, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2), one per 70x70 patch; positive means real.
 
     GroupNorm replaces the paper's BatchNorm, so that logits do not depend on the batch.
     """
 
-    def __init__(self, width: int = 64, levels: int = 3):
+    def __init__(self, width: int = 64, levels: int = 3, in_channels: int = 3):
         super().__init__()
-        layers, ch = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
+        layers, ch = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
         for level in range(1, levels + 1):
             c_out = width * min(2**level, 8)
             stride = 2 if level < levels else 1

@@ -1,6 +1,7 @@
 """Blocks shared by the VAE and the U-Net. Feature maps are (B, C, H, W)."""
 
 import math
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ def num_norm_groups(channels: list[int]) -> int:
     """
     limit = min(32, max(1, min(channels) // 4))
     return max(groups for groups in range(1, limit + 1) if math.gcd(*channels) % groups == 0)
+
+
+def height_width(size: int | Sequence[int]) -> list[int]:
+    """[height, width] of a size that is one number for a square, or a pair."""
+    return [size, size] if isinstance(size, int) else list(size)
 
 
 def group_norm(channels: int, groups: int) -> GroupNorm:

@@ -1,4 +1,4 @@
-"""Perceptual distances between images (B, 3, H, W) in [-1, 1], one value per image: (B,)."""
+"""Perceptual distances between images (B, C, H, W) in [-1, 1], one value per image: (B,). Networks see to_rgb(images)."""
 
 import hashlib
 from pathlib import Path
@@ -55,6 +55,16 @@ def _is_torchvision_file(weights: Path) -> bool:
     return any(digest.startswith(prefix) for prefix in prefixes)
 
 
+def to_rgb(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] -> (B, 3, H, W): gray is repeated, RGBA is composited over white."""
+    if images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    if images.shape[1] == 4:
+        rgb, alpha = images[:, :3], (images[:, 3:] + 1) / 2
+        return alpha * rgb + (1 - alpha)
+    return images
+
+
 class LPIPS(nn.Module):
     """LPIPS v0.1 of the `lpips` package, with a backbone from a torchvision state dict.
 
@@ -78,7 +88,7 @@ class LPIPS(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         # As in the package, except for unit_length(): its division by |x| has no gradient at zero.
         metric, total = self.metric, 0.0
-        for features_a, features_b, head in zip(*(metric.net(metric.scaling_layer(x)) for x in (a, b)), self.heads):
+        for features_a, features_b, head in zip(*(metric.net(metric.scaling_layer(to_rgb(x))) for x in (a, b)), self.heads):
             total = total + head((unit_length(features_a) - unit_length(features_b)).square()).mean(dim=(1, 2, 3))
         return total  # (B,)
 
@@ -114,7 +124,7 @@ class VGG19Distance(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """relu1_2 (B, 64, H, W), relu2_2 (B, 128, H/2, W/2), relu3_1 (B, 256, H/4, W/4)."""
-        h, features = ((images + 1) / 2 - self.mean) / self.std, []
+        h, features = ((to_rgb(images) + 1) / 2 - self.mean) / self.std, []
         for i, layer in enumerate(self.backbone):
             h = layer(h)
             if i in VGG19_LAYERS:

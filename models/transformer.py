@@ -65,13 +65,13 @@ class AdaLNZeroBlock(nn.Module):
 class TransformerBottleneck(nn.Module):
     """Residual adaLN-Zero transformer on the H·W positions of a feature map.
 
-    The learned positions (size x size) are interpolated for other sizes.
+    The learned positions for size = (height, width) are interpolated for other sizes.
     """
 
-    def __init__(self, *, channels: int, size: int, num_blocks: int, head_channels: int, emb_dim: int, groups: int):
+    def __init__(self, *, channels: int, size: list[int], num_blocks: int, head_channels: int, emb_dim: int, groups: int):
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, channels, size, size))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, channels, *size))
         heads = num_heads(channels, head_channels)
         self.blocks = nn.ModuleList(AdaLNZeroBlock(channels, heads, emb_dim) for _ in range(num_blocks))
         self.out = zero_init(nn.Linear(channels, channels))

@@ -1,5 +1,7 @@
 """U-Net that predicts eps, v, x0 or velocity (Ronneberger et al. 2015; Ho et al. 2020, App. B; Dhariwal & Nichol 2021)."""
 
+from typing import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +15,7 @@ from models.layers import (
     Upsample,
     checkpointed,
     group_norm,
+    height_width,
     num_norm_groups,
     timestep_embedding,
     zero_init,
@@ -23,10 +26,11 @@ from models.transformer import TransformerBottleneck
 class UNet(nn.Module):
     """z_t (B, in_channels, h, w), timesteps (B,) and a condition -> prediction in the shape of z_t, float32.
 
-    size                    height and width of the training latents; level i has resolution size / 2^i
+    size                    height and width of the training latents; one number for a square
     channels                channels per level
     num_res_blocks          residual blocks per level on the way down; one more on the way up
-    attn_resolutions        resolutions with self-attention after each residual block
+    attn_resolutions        resolutions with self-attention after each residual block; the resolution of level i is
+                            the longer side of its feature maps, max(size) / 2^i
     head_channels           minimum channels per attention head
     conditioning            arguments of `make_conditioner`; None: unconditional
     cross_attn_resolutions  resolutions with cross-attention to the condition's tokens
@@ -38,7 +42,7 @@ class UNet(nn.Module):
         self,
         *,
         in_channels: int,
-        size: int,
+        size: int | Sequence[int],
         channels: list[int],
         num_res_blocks: int,
         attn_resolutions: list[int],
@@ -52,7 +56,7 @@ class UNet(nn.Module):
         super().__init__()
         self.settings = dict(
             in_channels=in_channels,
-            size=size,
+            size=height_width(size),
             channels=list(channels),
             num_res_blocks=num_res_blocks,
             attn_resolutions=list(attn_resolutions),
@@ -64,12 +68,12 @@ class UNet(nn.Module):
             bottleneck_blocks=bottleneck_blocks,
         )
         self.grad_checkpointing = False  # recompute activations in the backward pass
-        num_levels = len(channels)
-        if size % 2 ** (num_levels - 1):
+        (height, width), num_levels = height_width(size), len(channels)
+        if height % 2 ** (num_levels - 1) or width % 2 ** (num_levels - 1):
             raise ValueError(
-                f"latents of {size}x{size} cannot be halved {num_levels - 1} times: use fewer levels in channels"
+                f"latents of {height}x{width} cannot be halved {num_levels - 1} times: use fewer levels in channels"
             )
-        resolutions = [size >> level for level in range(num_levels)]
+        resolutions = self.resolutions
 
         self.emb_dim, self.groups = 4 * channels[0], num_norm_groups(channels)
         self.time_embed = nn.Sequential(
@@ -107,6 +111,11 @@ class UNet(nn.Module):
                 self.up.append(block)
         self.norm_out, self.conv_out = group_norm(ch, self.groups), zero_init(nn.Conv2d(ch, in_channels, 3, padding=1))
 
+    @property
+    def resolutions(self) -> list[int]:
+        """Longer side of the feature maps of each level."""
+        return [max(self.settings["size"]) >> level for level in range(len(self.settings["channels"]))]
+
     def _res_block(self, c_in: int, c_out: int) -> ResBlock:
         return ResBlock(c_in, c_out, groups=self.groups, emb_dim=self.emb_dim, dropout=self.settings["dropout"])
 
@@ -132,7 +141,7 @@ class UNet(nn.Module):
         elif kind == "transformer":
             transformer = TransformerBottleneck(
                 channels=ch,
-                size=resolution,
+                size=[side >> len(self.settings["channels"]) - 1 for side in self.settings["size"]],
                 num_blocks=self.settings["bottleneck_blocks"],
                 head_channels=self.settings["head_channels"],
                 emb_dim=self.emb_dim,

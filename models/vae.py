@@ -30,8 +30,9 @@ class Posterior:
 
 
 class VAE(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, latent_channels, H/f, W/f).
+    """Images (B, in_channels, H, W) in [-1, 1] <-> latents (B, latent_channels, H/f, W/f).
 
+    in_channels        of images: 1 gray, 3 RGB, 4 RGBA
     channels           channels per level; f = patch_size · 2^(levels-1)
     num_res_blocks     residual blocks per level of the encoder; the decoder has one more
     attention          self-attention with one head in the bottleneck
@@ -43,6 +44,7 @@ class VAE(nn.Module):
     def __init__(
         self,
         *,
+        in_channels: int = 3,
         channels: list[int],
         num_res_blocks: int,
         latent_channels: int,
@@ -53,6 +55,7 @@ class VAE(nn.Module):
     ):
         super().__init__()
         self.settings = dict(
+            in_channels=in_channels,
             channels=list(channels),
             num_res_blocks=num_res_blocks,
             latent_channels=latent_channels,
@@ -62,9 +65,9 @@ class VAE(nn.Module):
             quant_conv=quant_conv,
         )
         self.downsampling = patch_size * 2 ** (len(channels) - 1)
-        self.latent_channels, self.output_activation = latent_channels, output_activation
+        self.in_channels, self.latent_channels, self.output_activation = in_channels, latent_channels, output_activation
         self.grad_checkpointing = False  # recompute activations in the backward pass
-        pixel_channels, groups = 3 * patch_size**2, num_norm_groups(channels)
+        pixel_channels, groups = in_channels * patch_size**2, num_norm_groups(channels)
 
         ch = channels[0]
         layers: list[nn.Module] = [nn.PixelUnshuffle(patch_size), nn.Conv2d(pixel_channels, ch, 3, padding=1)]
@@ -106,7 +109,7 @@ class VAE(nn.Module):
         return self.decoder[-2].weight
 
     def encode(self, images: Tensor) -> Posterior:
-        """Images (B, 3, H, W) in [-1, 1] -> q(z | x)."""
+        """Images (B, C, H, W) in [-1, 1] -> q(z | x)."""
         height, width = images.shape[2:]
         if height % self.downsampling or width % self.downsampling:
             raise ValueError(
@@ -118,7 +121,7 @@ class VAE(nn.Module):
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) float32, approximately in [-1, 1] (exactly with tanh)."""
+        """Unscaled latents (B, C, h, w) -> images (B, in_channels, H, W) float32, approximately in [-1, 1] (exactly with tanh)."""
         z = self.post_quant_conv(z)
         images = self._apply_in_chunks(self.decoder, z, z.shape[2] * z.shape[3] * self.downsampling**2)
         return torch.tanh(images) if self.output_activation == "tanh" else images
@@ -143,5 +146,5 @@ class VAE(nn.Module):
 
 
 def reconstruction_error(kind: str, images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Per-pixel error (B, 3, H, W), "mse" or "l1"."""
+    """Per-pixel error (B, C, H, W), "mse" or "l1"."""
     return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](reconstruction, images, reduction="none")

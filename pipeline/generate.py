@@ -40,7 +40,7 @@ class Samples:
     num_out_of_range: int = 0  # pixel values outside [-1, 1]
     num_pixel_values: int = 0  # all pixel values
     latents: dict[int, Tensor] = field(default_factory=dict)  # (C, h, w)
-    pixels: dict[int, np.ndarray] = field(default_factory=dict)  # (H, W, 3) uint8
+    pixels: dict[int, np.ndarray] = field(default_factory=dict)  # (H, W, C) uint8
     trajectory: dict[int, list[Tensor]] = field(default_factory=dict)  # z0_hat (C, h, w), from noise to image
 
     @classmethod
@@ -57,7 +57,7 @@ class Samples:
         return total
 
     def pixel_array(self) -> np.ndarray:
-        """uint8 (N, H, W, 3), ordered by image index."""
+        """uint8 (N, H, W, C), ordered by image index."""
         return np.stack([self.pixels[i] for i in sorted(self.pixels)])
 
     def stats(self, normalizer: Normalizer) -> dict:

@@ -40,39 +40,39 @@ def initial_noise(cfg: SamplingConfig, indices: range, shape: tuple, device) -> 
 class InitImage:
     """Input of image-to-image (sampling.image) and of inpainting (sampling.mask)."""
 
-    pixels: np.ndarray  # (H, W, 3) uint8
+    pixels: np.ndarray  # (H, W, C) uint8
     mask: np.ndarray | None  # (H, W) bool: True where to generate
     latent_mask: Tensor | None  # (h, w) float: 1 where any image pixel under this latent position is to be generated
     strength: float  # fraction of the sampling steps to run
 
     @classmethod
-    def load(cls, cfg: SamplingConfig, image_size: int, downsampling: int) -> "InitImage | None":
-        """Read and check the images that cfg names; None if it names none."""
+    def load(cls, cfg: SamplingConfig, image_shape: tuple[int, int, int], downsampling: int) -> "InitImage | None":
+        """Read and check the images that cfg names; None if it names none. image_shape: (H, W, C) of the model."""
         if cfg.image is None:
             return None
-        pixels = read_image("sampling.image", cfg.image, image_size)
+        pixels = read_image("sampling.image", cfg.image, image_shape)
         if cfg.mask is None:
             return cls(pixels, None, None, cfg.strength or DEFAULT_STRENGTH)
-        mask = read_image("sampling.mask", cfg.mask, image_size).mean(axis=2) >= 128
+        mask = read_image("sampling.mask", cfg.mask, (*image_shape[:2], 3)).mean(axis=2) >= 128
         if not mask.any():
             raise UserError(f"sampling.mask: {cfg.mask} is black everywhere; paint the area to generate white")
         latent_mask = F.max_pool2d(torch.from_numpy(mask)[None, None].float(), downsampling)[0, 0]
         return cls(pixels, mask, latent_mask, cfg.strength or 1.0)
 
     def restore_unmasked(self, pixels: np.ndarray) -> np.ndarray:
-        """Replace pixels (B, H, W, 3) outside the mask with those of the given image: decoding would alter them."""
+        """Replace pixels (B, H, W, C) outside the mask with those of the given image: decoding would alter them."""
         return pixels if self.mask is None else np.where(self.mask[None, :, :, None], pixels, self.pixels)
 
 
-def read_image(key: str, path: str, size: int) -> np.ndarray:
-    """(size, size, 3) uint8"""
+def read_image(key: str, path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 in shape (H, W, C)"""
     try:
-        pixels = np.array(decode_image(Path(path).read_bytes()))
+        image = decode_image(Path(path).read_bytes(), channels=shape[2])
     except Exception as error:  # missing file, not an image, decompression bomb: many exception types
         raise UserError(f"{key}: cannot read {path} ({getattr(error, 'strerror', None) or first_line(error)})") from None
-    if pixels.shape[:2] != (size, size):
-        width, height = pixels.shape[1], pixels.shape[0]
+    if (image.height, image.width) != shape[:2]:
         raise UserError(
-            f"{key}: {path} must be {size}x{size}, the size of the model (got {width}x{height}); crop and resize it"
+            f"{key}: the width x height of {path} must be {shape[1]}x{shape[0]}, the size of the model "
+            f"(got {image.width}x{image.height}); crop and resize it"
         )
-    return pixels
+    return np.array(image).reshape(shape)

@@ -59,8 +59,9 @@ class LatentDiffusion:
     ):
         self.vae, self.unet, self.normalizer, self.schedule, self.prediction = vae, unet, normalizer, schedule, prediction
         self.device, self.dtype = normalizer.scale.device, dtype
-        size = unet.settings["size"]
-        self.latent_shape, self.image_size = (unet.settings["in_channels"], size, size), size * vae.downsampling
+        height, width = unet.settings["size"]
+        self.latent_shape = (unet.settings["in_channels"], height, width)
+        self.image_shape = (height * vae.downsampling, width * vae.downsampling, vae.in_channels)
         self.checkpoint: Checkpoint | None = None  # set by load()
         self._forward = _make_forward(unet, cuda_graphs)
         self._guidance_forward = _make_forward(guidance_net, cuda_graphs) if guidance_net is not None else None
@@ -220,13 +221,13 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W), about in [-1, 1]."""
+        """Latents (B, C, h, w) -> images (B, image channels, H, W), about in [-1, 1]."""
         with autocast(self.device, self.dtype):
             return self.vae.decode(self.normalizer.denormalize(z)).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior means."""
+        """Images (B, image channels, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior means."""
         with autocast(self.device, self.dtype):
             return self.normalizer.normalize(self.vae.encode(images.to(self.device)).mean)
 

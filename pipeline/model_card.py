@@ -14,39 +14,41 @@ pipeline_tag: unconditional-image-generation
 tags: [latent-diffusion, nanoLDM]
 ---
 """
-UNCONDITIONAL = """    import torch
+PIPELINE = """    import torch
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained("FOLDER")
     image = pipe(num_inference_steps=50).images[0]
 """
-CONDITIONAL = """    import torch
+COMPONENTS = """    import torch
     from diffusers import AutoencoderKL, {scheduler}, UNet2DModel
 
     vae = AutoencoderKL.from_pretrained("FOLDER", subfolder="vae")
     unet = UNet2DModel.from_pretrained("FOLDER", subfolder="unet")
     scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
-    labels = torch.tensor([0])                      # {classes}; {null}: no label
-    z = torch.randn(1, {shape})
+{labels}    z = torch.randn(1, {shape})
     scheduler.set_timesteps(50)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            z = scheduler.step(unet(z, t, class_labels=labels).sample, t, z).prev_sample
+            z = scheduler.step(unet(z, t{argument}).sample, t, z).prev_sample
         image = vae.decode(z / vae.config.scaling_factor).sample  # in [-1, 1]
+"""
+LABELS = """    labels = torch.tensor([0])                      # {classes}; {null}: no label
 """
 
 
 def model_card(config: Config, model: LatentDiffusion, folder: Path, scheduler: str, difference: float) -> str:
     """Text of the card. Copies a sample grid into the folder if results_dir has one for this model."""
     metadata, data = model.checkpoint.metadata, config.data
-    latent = "x".join(map(str, model.latent_shape))
+    channels, height, width = model.latent_shape
     sections = [
         f"{HEADER}\n# {config.name}, {config.diffusion_name}",
         f"Latent diffusion model trained with nanoLDM: a VAE ({num_params(model.vae) / 1e6:.1f}M parameters, images of "
-        f"{model.image_size}x{model.image_size} to latents of {latent}) and a U-Net ({num_params(model.unet) / 1e6:.1f}M parameters).",
-        "## Use\n\n" + usage(model, scheduler),
+        f"{'x'.join(map(str, model.image_shape))} to latents of {height}x{width}x{channels}) and a U-Net "
+        f"({num_params(model.unet) / 1e6:.1f}M parameters).",
+        "## Use\n\n" + usage(model, folder, scheduler),
         "## Training\n\n"
-        f"- Data: `data.source={data.source}`, crop `{data.crop}`, {data.image_size} px, fingerprint "
+        f"- Data: `data.source={data.source}`, crop `{data.crop_name}`, {data.size_text} px, fingerprint "
         f"`{model.checkpoint.vae_metadata['data_fingerprint']}`\n"
         f"- VAE: {model.checkpoint.vae_metadata['step']:,} steps; U-Net: {metadata['step']:,} steps, EMA weights\n"
         f"- {metadata['schedule']} schedule, T = {metadata['timesteps']}, predicts {metadata['prediction']}",
@@ -61,13 +63,16 @@ def model_card(config: Config, model: LatentDiffusion, folder: Path, scheduler: 
     return "\n\n".join(sections) + "\n"
 
 
-def usage(model: LatentDiffusion, scheduler: str) -> str:
-    if not model.unet.conditioner:
-        return UNCONDITIONAL
-    classes = next(iter(model.unet.conditioner.names.values()))
-    listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:20])) + (", …" if len(classes) > 20 else "")
+def usage(model: LatentDiffusion, folder: Path, scheduler: str) -> str:
+    if (folder / "model_index.json").exists():
+        return PIPELINE
+    labels = argument = ""
+    if model.unet.conditioner:
+        classes = next(iter(model.unet.conditioner.names.values()))
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:20])) + (", …" if len(classes) > 20 else "")
+        labels, argument = LABELS.format(classes=listed, null=len(classes)), ", class_labels=labels"
     shape = ", ".join(map(str, model.latent_shape))
-    return CONDITIONAL.format(scheduler=scheduler, classes=listed, null=len(classes), shape=shape)
+    return COMPONENTS.format(scheduler=scheduler, labels=labels, argument=argument, shape=shape)
 
 
 def sample_section(config: Config, folder: Path) -> list[str]:

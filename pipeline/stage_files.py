@@ -26,8 +26,15 @@ def encodings_path(config: Config) -> Path:
 
 
 def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict]:
-    """The frozen VAE of this experiment and the metadata of its file."""
-    vae, metadata, _ = load_network(VAE, vae_path(config), "vae", "train_vae.py", device)
+    """The frozen VAE of this experiment and the metadata of its file. Refuses a VAE of other image sizes or channels."""
+    path, data = vae_path(config), config.data
+    vae, metadata, _ = load_network(VAE, path, "vae", "train_vae.py", device)
+    old, new = tuple(metadata["image_shape"]), (*data.size, data.channels)
+    if old != new:
+        raise UserError(
+            f"{path} was trained on images of {'x'.join(map(str, old))} (height x width x channels), but data.image_size "
+            f"and data.channels are now {'x'.join(map(str, new))}: restore them, or choose another name and run train_vae.py"
+        )
     return vae, metadata
 
 

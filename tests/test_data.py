@@ -73,23 +73,23 @@ def test_decode_formats(format):
 def test_celeba_crop_is_the_ddim_box_without_resampling():
     """Song et al. 2021: 128x128 centered at (89, 121) of 178x218; at half resolution the box is (12, 28, 76, 92)."""
     full, half = noise_image(0, 178, 218), noise_image(1, 89, 109)
-    assert np.array_equal(crop_and_resize(full, "ddim", 128), np.asarray(full)[57:185, 25:153])
-    assert np.array_equal(crop_and_resize(half, "ddim", 64), np.asarray(half)[28:92, 12:76])
-    assert crop_and_resize(full, "center140", 64).shape == (64, 64, 3)
+    assert np.array_equal(crop_and_resize(full, "ddim", (128, 128)), np.asarray(full)[57:185, 25:153])
+    assert np.array_equal(crop_and_resize(half, "ddim", (64, 64)), np.asarray(half)[28:92, 12:76])
+    assert crop_and_resize(full, "center140", (64, 64)).shape == (64, 64, 3)
     with pytest.raises(ValueError, match="178x218"):
-        crop_and_resize(noise_image(0, 100, 100), "ddim", 64)
+        crop_and_resize(noise_image(0, 100, 100), "ddim", (64, 64))
 
 
-def test_square_crop_is_centered():
+def test_center_crop_of_a_square():
     image = noise_image(0, 30, 20)
-    assert np.array_equal(crop_and_resize(image, "square", 20), np.asarray(image)[:, 5:25])
+    assert np.array_equal(crop_and_resize(image, "center", (20, 20)), np.asarray(image)[:, 5:25])
 
 
 def test_resizing_is_antialiased():
     """A one-pixel checkerboard shrinks to gray, not to black or white."""
     board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    assert abs(crop_and_resize(board, "square", 16).astype(float).mean() - 127.5) < 2
-    assert crop_and_resize(board, "square", 16).std() < 12
+    assert abs(crop_and_resize(board, "center", (16, 16)).astype(float).mean() - 127.5) < 2
+    assert crop_and_resize(board, "center", (16, 16)).std() < 12
 
 
 # Folder and zip

@@ -45,7 +45,7 @@ def test_sizes_of_celeba64():
     assert vae.downsampling == 4 and vae.latent_channels == 8
     assert num_params(vae) == pytest.approx(2.8e6, rel=0.05)
     unet = build_unet(config.diffusion, vae.latent_channels, config.data.image_size // vae.downsampling, None)
-    assert unet.settings["in_channels"] == 8 and unet.settings["size"] == 16
+    assert unet.settings["in_channels"] == 8 and unet.settings["size"] == [16, 16]
     assert num_params(unet) == pytest.approx(35e6, rel=0.05)
 
 

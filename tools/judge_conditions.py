@@ -124,9 +124,9 @@ def judge(config: Config, net: Classifier | None) -> Classifier:
     model = LatentDiffusion.load(config, device, dtype)
     indices = np.arange(EVAL_IMAGES)
     names, cond = requested_conditions(config, model, indices)
-    net = net or train_classifier(model.image_size, device, dtype)
+    net = net or train_classifier(model.image_shape[0], device, dtype)
     labels = synthetic_faces.labels(EVAL_SEED, indices)
-    pixels = synthetic_faces.render(EVAL_SEED, indices, model.image_size)
+    pixels = synthetic_faces.render(EVAL_SEED, indices, model.image_shape[0])
     columns = [list(ATTRIBUTES).index(name) for name in names]
 
     def accuracy(pixels: np.ndarray) -> np.ndarray:

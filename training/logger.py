@@ -11,6 +11,7 @@ import numpy as np
 from config import LoggingConfig
 from utils.errors import UserError
 from utils.files import first_line, make_dir, raise_no_space, write_atomically
+from utils.images import over_white
 
 NOT_PLOTTED = ("step", "images_seen", "minutes", "seconds_to_first_step")
 
@@ -74,9 +75,10 @@ class Logger:
             self.tracker.log(metrics, step=step)
 
     def log_image(self, step: int, name: str, image) -> None:
-        """A PIL image for TensorBoard and the tracker."""
+        """A PIL image for TensorBoard and the tracker, RGBA over white."""
+        image = over_white(image)
         if self.tensorboard:
-            self.tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         if self.tracker:
             self.tracker.log({name: self.tracker.Image(image)}, step=step)
 

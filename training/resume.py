@@ -29,8 +29,9 @@ MAY_CHANGE_ON_RESUME = (
 
 
 def run_identity(config: Config, section: str, **fingerprints: str) -> dict:
-    """Settings of a stage, the seed and the fingerprints of its training data."""
-    return {section: getattr(config, section).model_dump(), "seed": config.seed, "flip": config.data.flip, **fingerprints}
+    """Settings of a stage, the seed, and properties and fingerprints of its training data."""
+    data = {"image_size": config.data.size, "channels": config.data.channels, "flip": config.data.flip}
+    return {section: getattr(config, section).model_dump(), "seed": config.seed, **data, **fingerprints}
 
 
 def how_to_restart(path: Path) -> str:

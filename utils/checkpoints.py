@@ -29,7 +29,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 # Weights files: tensors, and JSON metadata; "settings" are the arguments of the network class
 
 REQUIRED_METADATA = {
-    "vae": {"settings", "image_size", "data_fingerprint", "step", "steps", "complete"},
+    "vae": {"settings", "image_shape", "data_fingerprint", "step", "steps", "complete"},
     "unet": {
         "settings",
         "schedule",
@@ -125,7 +125,7 @@ def load_tensors(path: Path, remedy: str, mmap: bool = False, verify: bool = Tru
 
 
 def load_perceptual(cfg: PerceptualConfig, device: torch.device) -> nn.Module | None:
-    """Return a frozen distance of two batches (B, 3, H, W) in [-1, 1] -> (B,); None for net=none."""
+    """Return a frozen distance of two batches (B, C, H, W) in [-1, 1] -> (B,); None for net=none."""
     if cfg.net == "none":
         return None
     try:

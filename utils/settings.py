@@ -213,7 +213,7 @@ def help_text(doc: str) -> str:
 def _type_name(annotation) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return " | ".join(args)
+        return " | ".join(map(str, args))
     if origin is Annotated:
         return _type_name(args[0])
     if origin is list:
