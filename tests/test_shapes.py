@@ -19,7 +19,7 @@ from test_pipeline import error_line
 from config import LoggingConfig
 from dataset.files import crop_and_resize, decode_image
 from dataset.image_cache import load_images
-from evaluation.features import Features, upsample
+from evaluation.features import Features
 from models.diffusers_format import to_diffusers, unet_config, unet_modules, unet_settings, vae_config, vae_modules
 from models.perceptual import find_weights, make_perceptual, to_rgb
 from models.unet import UNet
@@ -342,8 +342,6 @@ def test_features_of_gray_and_rgba():
     assert torch.equal(network(pixels[..., :1], 2), network(pixels[..., :1].repeat(3, axis=3), 2))
     composited = np.stack([over_white(Image.fromarray(image)) for image in pixels])
     assert float((network(pixels, 2) - network(composited, 2)).abs().max()) <= 1
-    assert upsample(torch.zeros(1, 3, 48, 64, dtype=torch.uint8), 96).shape == (1, 3, 96, 128)
-    assert upsample(torch.zeros(1, 3, 100, 200, dtype=torch.uint8), 96).shape == (1, 3, 100, 200)
 
 
 @torch.no_grad()
