@@ -89,7 +89,7 @@ def latent_report(
 
 
 def nearest_latents(z: Tensor, latents: Tensor, normalizer: Normalizer) -> Tensor:
-    """Return the one of `latents` (M, C, h, w), not normalized, with the largest cosine similarity to each z (N, C, h, w)."""
+    """Return the one of `latents` (M, C, h, w), not normalized, with largest cosine similarity to each z (N, C, h, w)."""
     directions = F.normalize(z.flatten(1))  # (N, D)
     best = torch.full((len(z),), -2.0, device=z.device)
     rows = torch.zeros(len(z), dtype=torch.long, device=z.device)
@@ -108,11 +108,11 @@ def midpoints(z: Tensor, neighbors: Tensor) -> Tensor:
 def ifid_report(
     networks: list[Features], originals: np.ndarray, reconstructions: np.ndarray, interpolated: np.ndarray, batch_size: int
 ) -> list[str]:
-    """rFID and iFID: Fréchet distances of decoded latents and of decoded midpoints to the originals, uint8 (N, H, W, 3).
+    """rFID and iFID: Fréchet distances of decoded latents and of decoded midpoints to the originals, uint8 (N, H, W, C).
 
-    iFID: Xu et al., "Making Reconstruction FID Predictive of Diffusion Generation FID", arXiv 2603.05630. As in the authors' code,
-    neighbors are training latents with the largest cosine similarity, and the interpolation is spherical. That code uses a random
-    one of the ten nearest; this one uses the nearest, as in the paper's text.
+    iFID: Xu et al., "Making Reconstruction FID Predictive of Diffusion Generation FID", arXiv 2603.05630. As in the authors'
+    code, neighbors are training latents with the largest cosine similarity, and the interpolation is spherical. That code
+    takes a random one of the ten nearest latents; this takes the nearest, as in the paper's abstract.
     """
     rows, dims = [], []
     for network in networks:
