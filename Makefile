@@ -19,7 +19,7 @@ demo-classes demo-text: demo
 	$(RUN) infer.py configs/$(subst -,_,$@).yaml
 
 test: $(VENV)/installed-test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 $(VENV)/installed: requirements.txt | $(VENV)
 	$(RUN) -m pip install -r requirements.txt

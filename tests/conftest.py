@@ -1,7 +1,11 @@
 """Shared fixtures: a tiny experiment in a temporary folder, and image files."""
 
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads of several workers would wait for each other
 
 import numpy as np
 import pytest
