@@ -31,7 +31,7 @@ from utils.errors import UserError
 from utils.files import keep_old_version, require_space
 from utils.images import image_grid, save_gif, save_png, to_uint8
 
-MAX_NAME_BYTES = 48  # of sampling.image in the names of output files
+MAX_NAME_BYTES = 48  # names of output files contain the name of sampling.image, cut to this length
 TRAJECTORY_IMAGES = 8  # images in the trajectory strip if there are no prompts or labels
 
 
@@ -159,8 +159,8 @@ def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> boo
             return old_settings != settings or old_model != (model.checkpoint.fingerprint, model.spacing(config.sampling))
     except FileNotFoundError:
         return path.with_suffix("").exists()  # single images without a grid
-    except Exception:  # in a damaged PNG: many error types
-        return True  # not written by this script
+    except Exception:  # damaged, or without our metadata: many error types
+        return True  # unknown: do not overwrite it
 
 
 def main(argv: list[str] | None = None) -> int:

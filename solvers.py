@@ -66,8 +66,8 @@ def sample_euler(predict, z, schedule, pairs, options: SolverOptions):
 
 
 def sample_heun(predict, z, schedule, pairs, options: SolverOptions):
-    """Heun's method on the ODE of sample_euler (Karras et al. 2022, Algorithm 1 without churn): two network evaluations per step, one
-    in the last step."""
+    """Heun's method on the ODE of sample_euler (Karras et al. 2022, Algorithm 1): two network evaluations per
+    step, one in the last step."""
     for t, s in pairs:  # t_i, t_{i+1}
         z0 = predict(z, t)
         z_euler = euler_step(z, z0, schedule, t, s)
@@ -96,7 +96,7 @@ def sample_dpmpp_2m(predict, z, schedule, pairs, options: SolverOptions):
 
 def sample_dpmpp_2m_sde(predict, z, schedule, pairs, options: SolverOptions):
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 19, second order by the midpoint rule): adds noise in every step except the
-    deterministic finishing steps."""
+    last clean_finish_steps."""
     previous = None  # (z0, h) of the previous step
     for i, (t, s) in enumerate(pairs):  # i = 0 … N-1
         z0 = predict(z, t)

@@ -85,9 +85,10 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
 
 
 def check_value_range(names: Iterable[str], open_file: Callable[[str], BinaryIO], known: bool) -> None:
-    """Refuse images with an unknown range of values. `names` is a sample of a set, which must have one range.
+    """Raise UserError if the pixel value of white is unknown, as in some 16-bit and float images.
 
-    known: the range is that of data.value_range
+    names: some files of the dataset, whose images must all have the same range of values
+    known: whether data.value_range is set
     """
     num_16_bit, highest, suggestion = 0, 0, ""
     for name in names:

@@ -168,9 +168,10 @@ def is_system_file(name: str) -> bool:
 
 
 def zip_name(entry: zipfile.ZipInfo) -> str:
-    """Return the path in a zip as unzip would: UTF-8 if it is, else bytes on Unix and code page 437 elsewhere."""
+    """Return the path of a zip entry, decoded as unzip does: UTF-8 if valid; else code page 437, or for a zip made on Unix,
+    UTF-8 with escaped invalid bytes."""
     name = entry.filename
-    if not entry.flag_bits & 0x800 and name == entry.orig_filename:  # neither marked as UTF-8 nor from a Unicode field
+    if not entry.flag_bits & 0x800 and name == entry.orig_filename:  # no UTF-8 flag, no Unicode path field
         content = name.encode("cp437")
         try:
             name = content.decode("utf-8")

@@ -38,7 +38,7 @@ def load_splits(cfg: DataConfig) -> dict:
         else:
             content = datasets.load_dataset(cfg.path, cfg.subset)
     except Exception as error:  # no network, unknown id, damaged file: many types from several libraries
-        raise UserError(f"data.path: datasets cannot load {cfg.path} ({first_line(error)})") from None
+        raise UserError(f"data.path: the datasets library cannot load {cfg.path} ({first_line(error)})") from None
     if cfg.split is None:
         return content
     name, _, part = cfg.split.partition("[")
@@ -126,7 +126,7 @@ def read_captions(column: list, name: str) -> list[list[str]]:
 
 
 def image_content(entry) -> bytes | None:
-    """The encoded image of an undecoded row."""
+    """Return the bytes of the image file of a row: bytes, or a dictionary with bytes or path."""
     return entry if isinstance(entry, bytes) else entry and (entry.get("bytes") or Path(entry["path"]).read_bytes())
 
 

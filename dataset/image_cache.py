@@ -210,7 +210,7 @@ class Block:
     checksum: str  # of the pixels
 
     def line(self) -> str:
-        """JSON after its own checksum."""
+        """A line of the journal: the checksum of the JSON, then the JSON."""
         text = json.dumps(vars(self))
         return f"{checksum(text.encode())} {text}\n"
 

@@ -129,7 +129,7 @@ def reject_missing(missing: list[str], name: str, what: str) -> None:
 def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tuple[np.ndarray | None, dict[str, list[str]]]:
     """Return labels (N, K) int64 of the images and the names of their values. A missing value is the null label.
 
-    Labels are the columns with few different strings, integers or booleans, or data.label_column alone.
+    Labels are the columns with few distinct values (strings, integers or booleans), or data.label_column alone.
     """
     labels, label_names, ignored = [], {}, []
     for column, by_image in sorted(metadata.columns.items()):

@@ -93,7 +93,7 @@ class _HashRandom:
 
 
 def _attributes(rng):
-    """Return ATTRIBUTES as (B,) int64 each, and `natural_hair_color`: that of brows and beard, never "none"."""
+    """Draw the value index of every attribute, (B,) int64 each, and `natural_hair_color`, the color of brows and beard."""
     a = {}
     a["sex"] = rng.bernoulli("sex", 0.5)
     a["age"] = rng.choice("age", [.18, .58, .24])
@@ -578,8 +578,8 @@ class _AttributeDict(dict):
 
 # ---------------------------------------------------------------- rendering in chunks
 
-# Pixels of the images that are painted together. A float32 plane of them has 512 KiB and fits in the CPU cache. With smaller
-# chunks, two threads would spend most of the time waiting for Python's GIL.
+# Number of pixels painted at once, over all images of a chunk. One float32 color channel has 512 KiB and fits in the CPU
+# cache. With smaller chunks, two threads would spend most of the time waiting for Python's GIL.
 CHUNK_PIXELS = 32 * 64 * 64
 
 

@@ -37,7 +37,7 @@ class Features:
     name: str  # in reports
     forward: Forward
     device: torch.device
-    weights: str = ""  # file, folder or hub id, in reports; "": default of the network
+    weights: str = ""  # file, folder or hub id, shown in reports; "": default weights of the network
     fingerprint: str = ""  # of the weights
 
     @torch.no_grad()

@@ -180,7 +180,7 @@ class TextEmbedder(Conditioner):
 
 # Scripts without spaces between words: each character with its combining marks (a grapheme) is a word.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-# Vowel signs and joiners continue a word of other scripts. Variation selectors belong to emoji.
+# In scripts with spaces, a word contains vowel signs (Mn, Mc) and joiners, but no variation selectors, which follow emoji.
 LETTERS = rf"[[\p{{L}}\p{{N}}]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{Mn}}\p{{Mc}}\u200c\u200d]--[{UNSPACED}\uFE00-\uFE0F]]*"
 WORD = regex.compile(rf"(?=[[{UNSPACED}]&&[\p{{L}}\p{{N}}]])\X\p{{M}}*|{LETTERS}(?:'{LETTERS})?", regex.V1)
 

@@ -104,7 +104,7 @@ def _parse_label(entry: str | dict[str, str], label_names: dict[str, list[str]])
 
 def _class_index(label: str, value: str, classes: list[str]) -> int:
     value, names = unicodedata.normalize("NFC", value), {unicodedata.normalize("NFC", c): i for i, c in enumerate(classes)}
-    # Names before indices: a class may be named 10, and 010 is not 10.
+    # Class names before indices, because a class may be named 10. Indices are compared as text: 010 is not index 10.
     for name in (value, YES_NO.get(value.lower())):
         if name in names:
             return names[name]

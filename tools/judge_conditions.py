@@ -68,7 +68,7 @@ def imitate_vae(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def classify(net: Classifier, pixels: np.ndarray, device: torch.device, dtype: torch.dtype) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> value indices (N, attributes)."""
+    """Predicted class of each attribute: uint8 (N, H, W, 3) -> int64 (N, number of attributes)."""
     values = []
     with autocast(device, dtype):
         for batch in torch.from_numpy(pixels).split(256):
@@ -102,7 +102,7 @@ def train_classifier(size: int, device: torch.device, dtype: torch.dtype) -> Cla
 
 
 def requested_conditions(config: Config, model: LatentDiffusion, indices: np.ndarray) -> tuple[list[str], Cond]:
-    """Return the model's attributes, and the conditions of the faces at `indices`."""
+    """Return the attributes that the model is conditioned on, and the conditions of the synthetic faces at `indices`."""
     conditioner = model.unet.conditioner
     if conditioner is None:
         raise UserError(f"{model.checkpoint.path} is unconditional: train with diffusion.condition=class or text")

@@ -176,7 +176,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, self.steps_done, self._minutes_synced)
-        if not self.is_main:  # all ranks have the same batch; from here on each has its own dropout masks
+        if not self.is_main:  # so far all ranks drew the same numbers, for a common batch; dropout must differ per rank
             torch.manual_seed((self.seed * 1_000_003 + self.steps_done) * 1009 % 2**63 + distributed.rank())
         self._accumulate_gradients(forward_backward)
         distributed.sum_gradients(self.net)

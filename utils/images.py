@@ -24,7 +24,7 @@ def over_white(image: Image.Image) -> Image.Image:
 
 
 def image_grid(images: np.ndarray, cols: int, gap: int = 2, titles: list[str] = ()) -> Image.Image:
-    """Arrange uint8 (N, H, W, C) in rows of `cols` images: a gray, RGB or RGBA image. titles[i] is written above row i.
+    """Arrange uint8 (N, H, W, C) in a grid of `cols` columns, gray, RGB or RGBA. titles[i] is written above row i.
 
     RGBA images stay transparent; gaps and titles are opaque white.
     """

@@ -95,7 +95,7 @@ def _keep_text(node: yaml.Node, annotation) -> None:
 
 
 def _types(annotation) -> list:
-    """The types that a setting consists of, for example Union, list and str."""
+    """All types nested in an annotation, for example Union, list and str."""
     return [get_origin(annotation) or annotation, *(t for argument in get_args(annotation) for t in _types(argument))]
 
 
