@@ -159,7 +159,7 @@ class Child:
         return self
 
     def problem(self) -> str | None:
-        """What is wrong with the way in which the process ended; None for success, one error line, or a signal."""
+        """Return a violation: a hang, a traceback or more than one error line; None if the process ended properly."""
         if self.seconds > CHILD_TIMEOUT:
             return "hang"
         if "Traceback" in self.output:

@@ -61,7 +61,7 @@ def split_codes(splits: dict, cfg: DataConfig) -> dict[str, int]:
     """
     if len(splits) == 1:
         return {name: TRAIN for name in splits}
-    codes = {name: SPLITS[name.lower()] for name in splits if name.lower() in SPLITS}
+    codes = {name: SPLITS[name.casefold()] for name in splits if name.casefold() in SPLITS}
     if TRAIN not in codes.values():
         raise UserError(f"data.split: {cfg.path} has no training split; choose one of {', '.join(splits)}")
     if VAL not in codes.values():

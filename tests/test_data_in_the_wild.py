@@ -575,7 +575,7 @@ def test_unread_sidecars_are_named(tmp_path, capsys):
     )
 
 
-# What later stages need
+# Labels, captions and image counts that later stages need
 
 
 @pytest.mark.parametrize(
