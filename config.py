@@ -352,7 +352,7 @@ class SamplingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    task: Literal["samplers", "reconstruction", "generation", "latents", "loss"] = setting(
+    task: Literal["samplers", "reconstruction", "generation", "condition", "latents", "loss"] = setting(
         "generation", "what evaluate.py measures; evaluate.py --help describes the tasks"
     )
     num_images: Annotated[int, Field(ge=8)] = setting(
@@ -374,6 +374,9 @@ class EvaluationConfig(Section):
         None,
         "weights of the feature networks, as {network: path} or, for a single network, the path; dinov2, clip: a local "
         "folder or Hugging Face hub id; other networks: a local file; default: download",
+    )
+    guidance: Annotated[list[Weight], Field(min_length=1)] = setting(
+        [0.0, 1.0, 3.0, 7.0], "condition: guidance scales to compare; 0: without condition"
     )
     samplers: Annotated[list[SamplerName], Field(min_length=1)] = setting(
         list(get_args(SamplerName)), "samplers: which samplers to compare"

@@ -3,6 +3,8 @@
 evaluation.task=
   generation       generated images compared with training images: Fréchet distance, KID, precision, recall, nearest
                    training images; the same metrics for validation images and their reconstructions
+  condition        images generated from the captions or labels of validation images, compared with these images and with
+                   others: distance in features, retrieval rank, effect of the guidance scale
   reconstruction   VAE on validation images: PSNR, SSIM, perceptual distance of vae.perceptual, Fréchet distance
   latents          statistics per latent channel, best possible PSNR, effect of clamping, rFID, iFID; verdict whether a
                    U-Net can be trained on these latents (GO or NO-GO)
@@ -18,12 +20,13 @@ if __name__ == "__main__":
     cli.handle_help(__doc__)
 
 from config import Config
-from evaluation import denoising, generation, latents, reconstruction, samplers
+from evaluation import condition_match, denoising, generation, latents, reconstruction, samplers
 from utils import distributed
 from utils.errors import UserError
 
 TASKS = {
     "generation": generation.run,
+    "condition": condition_match.run,
     "reconstruction": reconstruction.run,
     "latents": latents.run,
     "loss": denoising.run,

@@ -25,10 +25,16 @@ REMEDY = (
 
 @dataclass
 class Conditions:
-    """Conditions of a set of images."""
+    """Conditions of a set of images: the labels or one of the captions of each image."""
 
-    gather: Callable[[Tensor], Cond]  # CPU indices (B,) -> conditions on the device, with a random caption of each image
+    choose: Callable[[Tensor], Tensor]  # image indices (B,) -> condition indices (B,): a random caption of each image
+    look_up: Callable[[Tensor], Cond]  # condition indices (B,) on the CPU -> conditions on the device
+    titles: Callable[[Tensor], list[str]]  # condition indices (B,) -> captions or label values as text
     fingerprint: str  # of the labels or captions
+
+    def gather(self, rows: Tensor) -> Cond:
+        """Image indices (B,) on the CPU -> conditions on the device, with a random caption of each image."""
+        return self.look_up(self.choose(rows))
 
 
 def conditioning_settings(config: Config, dataset: LatentDataset) -> dict | None:
@@ -113,7 +119,8 @@ def conditions_for_split(conditioner: Conditioner, dataset: LatentDataset, split
                     f"({name}: {dataset_values}): {REMEDY}"
                 )
         columns = [list(dataset.label_names).index(name) for name in conditioner.names]
-        return _label_conditions((dataset.val_labels if split == VAL else dataset.labels)[:, columns], device)
+        labels = (dataset.val_labels if split == VAL else dataset.labels)[:, columns]
+        return _label_conditions(conditioner, labels, device)
     captions = dataset.val_captions if split == VAL else dataset.captions
     if captions is None:
         raise UserError(f"encodings.pt holds no captions, but the model was trained with captions: {REMEDY}")
@@ -134,19 +141,33 @@ def val_conditions(conditioner: Conditioner | None, dataset: LatentDataset, n: i
 
     The choice of captions is the same in every call.
     """
-    if conditioner is None:
-        return ()
+    return () if conditioner is None else titled_val_conditions(conditioner, dataset, n, device)[0]
+
+
+def titled_val_conditions(
+    conditioner: Conditioner, dataset: LatentDataset, n: int, device: torch.device
+) -> tuple[Cond, list[str]]:
+    """Return val_conditions() and their captions or label values as text."""
     rows = evenly_spaced(torch.arange(len(dataset.val_mean)), n)
     rows = rows[torch.arange(n) % len(rows)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return conditions_for_split(conditioner, dataset, VAL, device).gather(rows)
+        conditions = conditions_for_split(conditioner, dataset, VAL, device)
+        chosen = conditions.choose(rows)
+        return conditions.look_up(chosen), conditions.titles(chosen)
 
 
-def _label_conditions(labels: Tensor, device: torch.device) -> Conditions:
+def _label_conditions(conditioner: LabelEmbedder, labels: Tensor, device: torch.device) -> Conditions:
     device_labels = labels.to(device)
     fingerprint = hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()[:16]
-    return Conditions(lambda rows: (device_labels[rows.to(device, non_blocking=True)],), fingerprint)
+
+    def look_up(rows: Tensor) -> Cond:
+        return (device_labels[rows.to(device, non_blocking=True)],)
+
+    def titles(rows: Tensor) -> list[str]:
+        return [conditioner.title(row) for row in labels[rows].tolist()]
+
+    return Conditions(lambda rows: rows, look_up, titles, fingerprint)
 
 
 def _word_token_ids(conditioner: WordEncoder, captions: list[list[str]], device: torch.device) -> Callable[[Tensor], Cond]:
@@ -161,10 +182,14 @@ def _caption_conditions(captions: list[list[str]], look_up: Callable[[Tensor], C
     counts = torch.tensor([len(image_captions) for image_captions in captions])
     starts = counts.cumsum(0) - counts
 
-    def gather(rows: Tensor) -> Cond:
-        return look_up(starts[rows] + (torch.rand(len(rows)) * counts[rows]).long())
+    def choose(rows: Tensor) -> Tensor:
+        return starts[rows] + (torch.rand(len(rows)) * counts[rows]).long()
 
-    return Conditions(gather, hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16])
+    def titles(indices: Tensor) -> list[str]:
+        flat = list(chain.from_iterable(captions))
+        return [flat[i] for i in indices.tolist()]
+
+    return Conditions(choose, look_up, titles, hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16])
 
 
 def describe(conditioner: Conditioner) -> str:

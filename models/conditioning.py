@@ -60,6 +60,11 @@ class LabelEmbedder(Conditioner):
         self.table = nn.Embedding(sum(len(values) + 1 for values in names.values()), emb_dim)
         nn.init.normal_(self.table.weight, std=0.1)
 
+    def title(self, labels: list[int]) -> str:
+        """A row of labels as text: "cat", or "hair brown, glasses yes" with several columns; "any" without labels."""
+        known = [(name, values[i]) for (name, values), i in zip(self.names.items(), labels) if i < len(values)]
+        return ", ".join(value if len(self.names) == 1 else f"{name} {value}" for name, value in known) or "any"
+
     def forward(self, labels: Tensor) -> Condition:
         return Condition(self.table(labels + self.offsets).sum(dim=1))
 

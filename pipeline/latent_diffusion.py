@@ -88,6 +88,7 @@ class LatentDiffusion:
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path} has an unsupported format ({error!r}): remove it and run train_diffusion.py") from None
         checkpoint = Checkpoint(path, metadata, fingerprint(unet.state_dict()), vae_metadata)
+        check_guidance(config.sampling, unet, checkpoint)
         guidance_net = load_guidance_net(config.sampling, unet, checkpoint, device)
         # "auto" uses CUDA graphs, not torch.compile: a grid is finished before compilation would pay off.
         if config.compile is True:
@@ -241,20 +242,27 @@ def _make_forward(net: UNet, cuda_graphs: bool) -> Forward:
     return GraphedForward(forward) if cuda_graphs else forward
 
 
-def load_guidance_net(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint, device: torch.device) -> UNet | None:
-    """The network of sampling.autoguidance, or None. Refuses guidance for which this U-Net was not trained."""
+def check_guidance(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint) -> None:
+    """Refuse guidance towards a condition for which this U-Net was not trained."""
     path, metadata, conditioner = checkpoint.path, checkpoint.metadata, unet.conditioner
+    if cfg.guidance == 1 or cfg.autoguidance is not None:
+        return
+    if conditioner is None:
+        raise UserError(
+            f"sampling.guidance must be 1 for an unconditional model (got {cfg.guidance:g}), "
+            f"or name a weaker U-Net with sampling.autoguidance (diffusion.snapshot_every keeps some)"
+        )
+    if metadata.get("cfg_dropout") == 0 and not conditioner.trains_null_condition:
+        raise UserError(
+            f"sampling.guidance must be 1 (got {cfg.guidance:g}): {path} was trained with diffusion.cfg_dropout=0, so it has "
+            f"never seen the null condition; train with diffusion.cfg_dropout=0.1 to use guidance"
+        )
+
+
+def load_guidance_net(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint, device: torch.device) -> UNet | None:
+    """The network of sampling.autoguidance, or None."""
+    path, metadata = checkpoint.path, checkpoint.metadata
     if cfg.autoguidance is None:
-        if cfg.guidance != 1 and conditioner is None:
-            raise UserError(
-                f"sampling.guidance must be 1 for an unconditional model (got {cfg.guidance:g}), "
-                f"or name a weaker U-Net with sampling.autoguidance (diffusion.snapshot_every keeps some)"
-            )
-        if cfg.guidance != 1 and metadata.get("cfg_dropout") == 0 and not conditioner.trains_null_condition:
-            raise UserError(
-                f"sampling.guidance must be 1 (got {cfg.guidance:g}): {path} was trained with diffusion.cfg_dropout=0, so it has "
-                f"never seen the null condition; train with diffusion.cfg_dropout=0.1 to use guidance"
-            )
         return None
     weaker_path = Path(cfg.autoguidance)
     script = "train_diffusion.py with diffusion.snapshot_every"

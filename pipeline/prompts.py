@@ -80,8 +80,7 @@ def _from_labels(cfg: SamplingConfig, conditioner: LabelEmbedder, device) -> Pro
         for label, value in _parse_label(entry, label_names):
             row[list(label_names).index(label)] = _class_index(label, value, label_names[label])
         rows.append(row)
-        chosen = [(label, label_names[label][v]) for label, v in zip(label_names, row) if v < len(label_names[label])]
-        titles.append(", ".join(value if len(label_names) == 1 else f"{label} {value}" for label, value in chosen) or "any")
+        titles.append(conditioner.title(row))
     return Prompts(titles, (torch.tensor(rows, device=device),))
 
 

@@ -14,9 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dataset import TRAIN, conditions, synthetic_faces
+from dataset import TRAIN, VAL, conditions, synthetic_faces
 from dataset.encodings import CaptionEmbeddings, LatentDataset
+from dataset.image_cache import load_images
 from dataset.text_encoder import TextEncoder
+from evaluation import condition_match
+from evaluation.condition_match import Match, match_grid
+from evaluation.features import Features
 from evaluation.generation import generate_images
 from models.conditioning import LabelEmbedder, TextEmbedder, WordEncoder, make_conditioner, split_words
 from models.layers import CrossAttention
@@ -376,6 +380,90 @@ def test_evaluation_uses_the_conditions_of_validation_images(conditional, monkey
     assert torch.equal(torch.cat(conds), expected)
     (three,) = conditions.val_conditions(model.unet.conditioner, encodings, 3, torch.device("cpu"))
     assert torch.equal(three, expected[[0, 4, 7]])  # evenly spaced among eight
+
+
+def test_match_of_features_on_a_line():
+    """Image i at 0.25, 2.25, 4.25, 6.25 and validation image i at 0, 2, 4, 6; the first two have the same caption."""
+    val, titles = torch.tensor([[0.0], [2.0], [4.0], [6.0]]), ["a", "a", "b", "c"]
+    match = Match.measure(val + 0.25, val, titles)
+    others = torch.tensor([(3.75 + 5.75) / 2, (1.75 + 3.75) / 2, (4.25 + 2.25 + 1.75) / 3, (6.25 + 4.25 + 2.25) / 3])
+    assert match.own == 0.25 and match.other == pytest.approx(float(others.mean())) and match.nearer == 1.0
+    assert match.difference == pytest.approx(float(others.mean()) - 0.25)
+    assert match.standard_error == pytest.approx(float((others - 0.25).std()) / 2)
+    gray = Match.measure(torch.zeros(4, 1), val.flip(0), titles)  # at 6, 4, 2, 0 from their own
+    assert gray.nearer == pytest.approx((0 + 0 + 2 / 3 + 1) / 4)
+    constant = Match.measure(torch.ones(4, 1), torch.zeros(4, 1), titles)
+    assert (constant.difference, constant.nearer) == (0.0, 0.5)
+    with pytest.raises(UserError, match="the same condition"):
+        Match.measure(val, val, ["a"] * 4)
+
+
+@pytest.mark.parametrize("options", [CLASSES, WORDS], ids=["classes", "words"])
+def test_evaluation_of_the_condition(conditional, capsys, monkeypatch, options):
+    """A generator that returns the image to which a condition belongs has distance 0 to its own image."""
+    images = load_images(load_config(conditional.config, conditional.argv(*options)[1:]))
+    rows = images.rows(VAL)
+    calls = []
+
+    def retrieve(model, sampling, cond, n):
+        calls.append(sampling.guidance)
+        if sampling.guidance == 0:
+            return generate_images(model, sampling, cond, n)
+        if options is CLASSES:
+            columns = [list(images.label_names).index(name) for name in ("hair_color", "glasses")]
+            known = torch.from_numpy(images.labels[rows][:, columns]).long()
+        else:
+            known = model.unet.conditioner.encode([images.captions[row][0] for row in rows])[0]
+        found = [int((known[:, : row.shape[0]] == row).all(dim=1).nonzero()[0]) for row in cond[0]]
+        return images.pixels[rows[found]], {"std_ratio": 1.0}
+
+    def mean_color(pixels, *_):
+        return torch.from_numpy(pixels).double().mean(dim=(1, 2))
+
+    features = Features("MeanColor", None, torch.device("cpu"))
+    monkeypatch.setattr(Features, "__call__", lambda self, pixels, batch_size: mean_color(pixels))
+    monkeypatch.setattr(condition_match, "load_features", lambda cfg, device: [features])
+    monkeypatch.setattr(condition_match, "generate_images", retrieve)
+    argv = (*options, "evaluation.task=condition", "evaluation.guidance=[0,3]", "evaluation.num_images=8")
+    assert conditional.run("evaluate", *argv) == 0 and calls == [0, 3]
+    report = capsys.readouterr().out
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in report.splitlines() if line.startswith("| ")}
+    own, other, _, nearer, ratio = (cell.strip() for cell in cells["generated, guidance 3"])
+    assert float(other) > 5 and ratio == "1.000"
+    if options is WORDS:
+        assert (own, nearer) == ("0.000", "100.0%")
+    else:  # validation images with the same labels as an earlier one get the earlier one
+        values = images.labels[rows][
+            :, [list(images.label_names).index(name) for name in ("hair_color", "glasses")]
+        ].tolist()
+        colors = mean_color(images.pixels[rows])
+        distances = [float((colors[i] - colors[values.index(row)]).norm()) for i, row in enumerate(values)]
+        assert float(own) == pytest.approx(np.mean(distances), abs=0.001) and float(other) > 1.5 * float(own)
+    assert 0 < float(cells["generated, guidance 0"][0]) and float(cells["generated, guidance 0"][3][:-2]) < 100
+    name = f"tiny_{options[-1].split('=')[1]}_ddim4_condition"
+    grid = Image.open(conditional.folder / "results" / f"{name}.png")
+    assert (conditional.folder / "results" / f"{name}.md").exists() and grid.width == 4 * 18 - 2
+
+
+def test_grid_of_conditions():
+    sets = [
+        np.full((20, 4, 4, 3), level, np.uint8) + np.arange(20, dtype=np.uint8)[:, None, None, None] for level in (0, 100)
+    ]
+    grid = np.asarray(match_grid(sets[0], sets[1:], [str(i) for i in range(20)]))
+    chosen = np.linspace(0, 19, 12).round()
+    blocks = grid.reshape(-1, grid.shape[1], 3)[14::20]
+    assert blocks.shape[0] == 12 and (blocks[:, 0, 0] == chosen).all() and (blocks[:, 6, 0] == 100 + chosen).all()
+
+
+@pytest.mark.parametrize("option, message", [
+    ("diffusion.name=cosine", "is unconditional: train with diffusion.condition=class or text"),
+    ("evaluation.features=[]", "needs at least one network in evaluation.features"),
+    ("evaluation.guidance=[-1]", "evaluation.guidance"),
+])  # fmt: skip
+def test_invalid_settings_of_the_condition_task(conditional, capsys, option, message):
+    assert conditional.run("evaluate", *CLASSES, "evaluation.task=condition", option) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0], error
 
 
 def test_mirrored_latents_have_the_condition_of_their_image(conditional, monkeypatch):
