@@ -1,12 +1,13 @@
 # make demo   install if needed, then run all four stages on synthetic faces: no download, no GPU, 13 minutes on two CPU cores
 # make demo-classes, make demo-text   the same with labels or captions: 8 and 12 minutes after make demo
 # make test   install if needed, then run the tests
+# make faults   two minutes of fault injection with a fixed seed: damaged files, killed processes, full disks, bad input
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-classes demo-text test clean
+.PHONY: demo demo-classes demo-text test faults clean
 
 demo: $(VENV)/installed
 	$(RUN) train_vae.py configs/demo.yaml
@@ -20,6 +21,9 @@ demo-classes demo-text: demo
 
 test: $(VENV)/installed-test
 	$(RUN) -m pytest -n 2
+
+faults: $(VENV)/installed-test
+	$(RUN) benchmarks/faults.py 2 1
 
 $(VENV)/installed: requirements.txt | $(VENV)
 	$(RUN) -m pip install -r requirements.txt
