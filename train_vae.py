@@ -14,7 +14,6 @@ import math
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from config import Config
 from dataset import TEST, TRAIN, VAL
@@ -41,6 +40,7 @@ from utils.device import (
 )
 from utils.errors import UserError
 from utils.files import require_space
+from utils.image_metrics import psnr_ssim
 from utils.images import comparison_grid, to_float, to_uint8
 from utils.locks import lock_folder
 from utils.pretrained import initialize, load_pretrained
@@ -243,10 +243,10 @@ def evaluate(
             posterior = vae.encode(x)
             y = vae.decode(posterior.mean)
         y = y.clamp(-1, 1)  # as stored in an image file
-        x01, y01 = (x + 1) / 2, (y + 1) / 2  # SSIM expects [0, 1]: an offset would change it
+        psnr, ssim = psnr_ssim((y + 1) / 2, (x + 1) / 2, data_range=1.0)
         metrics = dict(
-            psnr=peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
-            ssim=structural_similarity_index_measure(y01, x01, data_range=1.0),
+            psnr=psnr,
+            ssim=ssim,
             reconstruction=reconstruction_error(cfg.reconstruction, x, y).mean(),
             nats_per_dim=posterior.kl().mean(),
         )

@@ -11,8 +11,6 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from config import EvaluationConfig
 from dataset import evenly_spaced
@@ -159,6 +157,10 @@ def preprocess(x: Tensor, size: int, mode: str, mean: tuple, std: tuple) -> Tens
 
     The whole image is resized with antialiasing, without a crop. Pixels stay uint8, as in the networks' own pipelines.
     """
+    # Imported here because it takes 2 seconds, and train_vae.py imports this module.
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
     x = resize(x, [size, size], InterpolationMode(mode), antialias=True) / 255
     mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (mean, std))
     return (x - mean) / std

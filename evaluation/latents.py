@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from config import Config
 from dataset.encodings import LatentDataset
 from evaluation.features import Features, frechet, load_features
-from evaluation.reconstruction import psnr_ssim, val_pixels
+from evaluation.reconstruction import mean_psnr_ssim, val_pixels
 from evaluation.reports import markdown_table, print_plan, weights_origin, write_report
 from models.normalizer import Normalizer
 from models.vae import VAE
@@ -62,7 +62,7 @@ def latent_report(
         return np.concatenate([to_uint8(vae.decode(normalizer.denormalize(batch))) for batch in z.split(batch_size)])
 
     def psnr(pixels: np.ndarray) -> float:
-        return psnr_ssim(pixels, originals, batch_size)[0]
+        return mean_psnr_ssim(pixels, originals, batch_size)[0]
 
     reconstructions = decode(z)
     best_psnr, n = psnr(reconstructions), normalizer

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from config import Config
 from dataset import TEST, VAL, evenly_spaced
@@ -17,6 +16,7 @@ from pipeline.stage_files import load_images_for, load_vae
 from utils.checkpoints import fingerprint, load_perceptual
 from utils.device import autocast, num_params, pick_device, pick_precision
 from utils.errors import UserError
+from utils.image_metrics import psnr_ssim
 from utils.images import comparison_grid, save_png, to_float, to_uint8
 
 MIN_VAL_IMAGES = 8  # precision and recall need more images than neighbors
@@ -37,7 +37,7 @@ def run(config: Config, dry_run: bool) -> None:
 
     originals = val_pixels(load_images_for(config, metadata), cfg.num_images)
     reconstructions = reconstruct(vae, originals, cfg.batch_size, device, dtype)
-    psnr, ssim = psnr_ssim(reconstructions, originals, cfg.batch_size)
+    psnr, ssim = mean_psnr_ssim(reconstructions, originals, cfg.batch_size)
     rows = [["PSNR", f"{psnr:.2f} dB"], ["SSIM", f"{ssim:.4f}"]]
     if perceptual is not None:
         distance = perceptual_distance(perceptual, originals, reconstructions, cfg.batch_size, device)
@@ -78,18 +78,18 @@ def reconstruct(vae: VAE, pixels: np.ndarray, batch_size: int, device: torch.dev
     return np.concatenate(reconstructions)
 
 
-def psnr_ssim(pixels: np.ndarray, originals: np.ndarray, batch_size: int) -> tuple[float, float]:
+def mean_psnr_ssim(pixels: np.ndarray, originals: np.ndarray, batch_size: int) -> tuple[float, float]:
     """PSNR (dB) and SSIM of uint8 images (N, H, W, C) over all channels, averaged over images."""
-    psnr = ssim = 0.0
+    sums = np.zeros(2)
     for start in range(0, len(pixels), batch_size):
         batch = slice(start, start + batch_size)
         x, y = (
             torch.from_numpy(np.ascontiguousarray(images[batch])).permute(0, 3, 1, 2).float()
             for images in (originals, pixels)
         )
-        psnr += float(peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="sum"))
-        ssim += float(structural_similarity_index_measure(y, x, data_range=255.0)) * len(x)
-    return psnr / len(pixels), ssim / len(pixels)
+        sums += len(x) * np.array([float(metric) for metric in psnr_ssim(y, x, data_range=255.0)])
+    psnr, ssim = sums / len(pixels)
+    return psnr, ssim
 
 
 @torch.no_grad()
