@@ -57,7 +57,7 @@ def test_four_stages_write_all_files(trained, capsys):
     assert trained.run("infer", "sampling.save_images=true") == 0
     out = capsys.readouterr().out
     assert "latents: the std of generated latents is" in out and "times that of training latents" in out
-    assert "of clean estimates" in out and "of pixel values out of range" in out
+    assert "of latent values in clean estimates" in out and "of pixel values, which were outside [-1, 1]" in out
     run_dir = trained.run_dir
     for name in (
         "vae/vae.safetensors",
