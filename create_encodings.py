@@ -43,7 +43,7 @@ from utils.locks import lock_folder
 CHUNK = 8192  # images or captions per temporary file; an interrupted run continues after the last complete file
 TOKENS_PER_CAPTION = 15  # typical length, to estimate the disk space for caption embeddings
 
-# encode_chunk(indices of the items, advance) -> named tensors. It calls advance(n) after every n items to move the progress bar.
+# encode_chunk(item indices, advance) -> named tensors. It calls advance(n) after every n items to move the progress bar.
 EncodeChunk = Callable[[range, Callable[[int], object]], dict[str, Tensor]]
 
 
