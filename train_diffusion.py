@@ -271,7 +271,7 @@ def val_losses(trainer: Trainer, z: Tensor, cond: Cond, schedule: Schedule, dtyp
 
 
 def sample_preview(model: LatentDiffusion, cfg: DiffusionConfig, batch_size: int, cond: Cond) -> tuple[Image, dict]:
-    """Sample images from fixed noise with validation conditions and no guidance. Return a grid and statistics of the latents."""
+    """Sample from fixed noise with validation conditions and no guidance. Return an image grid and latent statistics."""
     steps = min(PREVIEW_STEPS, cfg.timesteps)
     settings = SamplingConfig(sampler="unipc", steps=steps, cols=1, batch_size=batch_size)
     spec = OutputSpec(cfg.sample_images, keep_pixels=cfg.sample_images)

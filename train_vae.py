@@ -192,8 +192,8 @@ def compile_for_training(setting, device, vae: VAE, perceptual: nn.Module | None
     if discriminator is None:
         compile_networks(setting, device, vae, *([perceptual] if perceptual else []))
         return
-    # adaptive_weight() computes two gradients at the decoder's last layer. Inside a compiled graph, the first one would run the
-    # whole backward pass and free buffers that the second one needs. So the last two layers are not compiled.
+    # adaptive_weight() computes two gradients at the decoder's last layer. Inside a compiled graph, the first one would run
+    # the whole backward pass and free buffers that the second one needs. So the last two layers are not compiled.
     compile_networks(setting, device, *vae.encoder, *vae.decoder[:-2])
 
 
@@ -232,7 +232,7 @@ def log_evaluation(
 def evaluate(
     trainer: Trainer, loader: BatchLoader, images: Images, perceptual: nn.Module | None, dtype: torch.dtype
 ) -> tuple[dict[str, float], Image]:
-    """Reconstruct validation images from their posterior means. Return metrics and a grid of originals and reconstructions."""
+    """Reconstruct validation images from posterior means. Return metrics and a grid of originals and reconstructions."""
     vae, cfg, device = trainer.ema.net, trainer.cfg, loader.device
     rows = torch.from_numpy(images.rows(VAL, EVAL_IMAGES))
     totals: dict[str, float] = {}

@@ -78,7 +78,7 @@ class WordEncoder(Conditioner):
     """Transformer on word ids (B, L) int64, trained with the U-Net. The null condition is the empty caption.
 
     `emb` is a projection of the mean output token, plus a learned vector for each word and each pair of adjacent words (bag
-    of n-grams: Joulin et al. 2017, §2). Each pair in `pairs`, such as "red shirt", has its own vector. Other pairs share one.
+    of n-grams: Joulin et al. 2017, §2). A pair in `pairs`, such as "red shirt", has its own vector. Other pairs share one.
     """
 
     PADDING, START, UNKNOWN, FIRST_WORD = 0, 1, 2, 3

@@ -258,7 +258,7 @@ def to_diffusers(state: dict[str, Tensor], modules: dict[str, str]) -> dict[str,
 
 
 def from_diffusers(state: dict[str, Tensor], keys: list[str], modules: dict[str, str]) -> dict[str, Tensor]:
-    """Inverse of to_diffusers(). `keys` are the keys of our state dict. Raises ValueError for missing or unexpected tensors."""
+    """Inverse of to_diffusers(). `keys` are those of our state dict. Raises ValueError for missing or unexpected tensors."""
     names = {key: _names(key, modules) for key in keys}
     wanted = {name for group in names.values() for name in group}
     different = sorted(wanted ^ state.keys())

@@ -1,4 +1,4 @@
-"""Perceptual distances between images (B, C, H, W) in [-1, 1], one value per image (B,). to_rgb() converts the images first."""
+"""Perceptual distances between images (B, C, H, W) in [-1, 1], one value per image (B,). to_rgb() is applied first."""
 
 import hashlib
 from pathlib import Path

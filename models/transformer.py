@@ -46,7 +46,7 @@ class EncoderBlock(nn.Module):
 
 
 class AdaLNZeroBlock(nn.Module):
-    """Transformer block modulated by an embedding (B, emb_dim) (Peebles & Xie 2023, §3.2). It is initialized as the identity."""
+    """Transformer block modulated by an embedding (B, emb_dim) (Peebles & Xie 2023, §3.2). Initialized as the identity."""
 
     def __init__(self, width: int, heads: int, emb_dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""VAE between pixels and latents (Kingma & Welling 2014), with the architecture of Esser et al. 2021 and Rombach et al. 2022.
+"""VAE between pixels and latents (Kingma & Welling 2014). Architecture: Esser et al. 2021; Rombach et al. 2022.
 
 It computes the same function as diffusers' AutoencoderKL; models/diffusers_format.py converts the weights.
 """

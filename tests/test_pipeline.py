@@ -366,7 +366,7 @@ def test_a_nonfinite_loss_keeps_the_last_good_state(trained, tmp_path, capsys, m
     torch.manual_seed(6)  # the seed of step 6: see Trainer.__iter__
     expected_t = int(torch.randint(0, 1000, (8,))[2])
     assert "step 6" in line and f"timestep {expected_t}" in line and "learning rate 0.0002" in line
-    assert "the last good state is kept" in line
+    assert "the last saved state is kept" in line
     assert (experiment.run_dir / "cosine" / "state.pt").read_bytes() == state
     # A save before the next log line must not write the non-finite state either.
     error_line(
