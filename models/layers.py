@@ -60,7 +60,7 @@ def num_heads(channels: int, head_channels: int) -> int:
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block. If emb_dim > 0, AdaGN (Dhariwal & Nichol 2021, §3) adds an embedding (B, emb_dim)."""
+    """Pre-activation residual block. If emb_dim > 0, emb (B, emb_dim) modulates it by AdaGN (Dhariwal & Nichol 2021, §3)."""
 
     def __init__(self, c_in: int, c_out: int, *, groups: int, emb_dim: int = 0, dropout: float = 0.0):
         super().__init__()
