@@ -107,13 +107,13 @@ class DataConfig(Section):
 
     @property
     def size_text(self) -> str:
-        """64 for squares, else 48x64 (height x width)."""
+        """Size for messages: "64" for squares, else height x width, such as "48x64"."""
         height, width = self.size
         return f"{height}" if height == width else f"{height}x{width}"
 
     @property
     def crop_name(self) -> str:
-        """crop with "auto" resolved."""
+        """data.crop, or the crop that "auto" selects."""
         return self.crop if self.crop != "auto" else "ddim" if self.source == "celeba" else "center"
 
 

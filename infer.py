@@ -147,7 +147,7 @@ def name_suffix(cfg: SamplingConfig) -> str:
 
 
 def short_name(name: str) -> str:
-    """Replace other characters than letters, digits, "_", "." and "-" by "_". Cut to MAX_NAME_BYTES UTF-8 bytes."""
+    """Replace all characters except letters, digits, "_", "." and "-" by "_". Cut to MAX_NAME_BYTES bytes of UTF-8."""
     return re.sub(r"[^\w.-]+", "_", name).encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 

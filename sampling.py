@@ -52,8 +52,8 @@ def sample(
     x0_range      limits of z0_hat: None, a number c for [-c, c], a pair (low, high) broadcastable to z, or a Threshold
     init_latents  clean latents to start image-to-image from, in the shape of noise (SDEdit, Meng et al. 2022)
     strength      fraction of the steps to run from noised init_latents; 1 starts from pure noise
-    mask          inpainting, broadcastable to noise: 1 to generate, 0 to keep init_latents. Every z0_hat is replaced by
-                  init_latents where the mask is 0; the solver then noises them correctly (Song et al. 2021b, App. I.2)
+    mask          inpainting, broadcastable to noise: 1 to generate, 0 to keep init_latents. Where it is 0, every z0_hat is
+                  replaced by init_latents, to which the solver adds the right noise (Song et al. 2021b, App. I.2)
     generator     source of the noise that stochastic samplers add: one generator, or one per image. With one per image,
                   an image does not depend on the other images of its batch
     callback      called as callback(i, t, z_t, z0_hat) after network evaluation i = 0, 1, …
@@ -145,7 +145,7 @@ def timesteps(
     karras    uniform in (sigma/alpha)^(1/7)
 
     strength < 1 is for image-to-image: it starts at this fraction of the timesteps and runs this fraction of the steps.
-    The result has fewer than `steps` timesteps if sigma_max leaves fewer, or if logsnr or karras rounds two to the same t.
+    Fewer than `steps` timesteps are returned if sigma_max leaves fewer, or if logsnr or karras rounds two to the same one.
     sigma_max matters for the cosine schedule: z0_hat multiplies an error in eps by sigma/alpha, which is 20,000 at T-1.
     """
     if not 1 <= steps <= schedule.timesteps:
@@ -288,7 +288,7 @@ def as_threshold(x0_range) -> Callable[[Tensor], Tensor]:
 
 
 def image_generators(seed: int, indices: Sequence[int], device) -> list[torch.Generator]:
-    """One generator per image. It depends only on seed and i, not on the batch size or the number of processes."""
+    """One generator per image. That of image i depends only on seed and i, not on batch size or number of processes."""
     # The factor (Knuth's hash multiplier) separates consecutive seeds: image 1 of seed 0 must differ from image 0 of seed 1.
     return [torch.Generator(device).manual_seed((seed * 2654435761 + i) % 2**63) for i in indices]
 

@@ -121,7 +121,7 @@ def train(config: Config, dry_run: bool) -> None:
             trainer.step(forward_backward)
             if trainer.is_main and trainer.due(cfg.eval_every):
                 log_evaluation(trainer, loader, images, perceptual, dtype)
-        if trainer.is_main and cfg.steps == 0:  # pretrained weights that are not trained are still evaluated
+        if trainer.is_main and cfg.steps == 0:  # without training, evaluate the pretrained weights
             log_evaluation(trainer, loader, images, perceptual, dtype)
 
 

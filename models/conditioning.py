@@ -126,7 +126,7 @@ class WordEncoder(Conditioner):
         return first * self.num_tokens + second
 
     def _pair_rows(self, token_ids: Tensor) -> Tensor:
-        """Row of ngram_table for each pair of adjacent tokens, (B, L) -> (B, L - 1)."""
+        """Rows of ngram_table for the pairs of adjacent tokens, (B, L) -> (B, L - 1)."""
         keys = self._pair_key(token_ids[:, :-1], token_ids[:, 1:])
         index = torch.searchsorted(self.pair_keys, keys)
         return torch.where(self.pair_keys[index] == keys, self.pair_rows[index], self.ngram_table.num_embeddings - 1)

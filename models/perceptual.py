@@ -12,7 +12,7 @@ VGG19_LAYERS = (3, 8, 11)  # indices of relu1_2, relu2_2 and relu3_1 in torchvis
 
 
 def find_weights(net: str, weights: str | None) -> Path:
-    """Return the weights file of a backbone: `weights`, or if None torchvision's file, downloaded if needed.
+    """Return the weights file of the backbone `net`: `weights` if given, else torchvision's file, downloaded if needed.
 
     Raises FileNotFoundError.
     """
@@ -28,7 +28,7 @@ def find_weights(net: str, weights: str | None) -> Path:
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
-        except Exception as error:  # no network, a wrong file from a proxy or a full disk: one message suits all
+        except Exception as error:  # no network, a wrong file from a proxy, or a full disk
             raise FileNotFoundError(
                 f"vae.perceptual.net={net}: the weights are not in torchvision's cache and cannot be downloaded ({error}): "
                 f"save {url} as {cached}, or set vae.perceptual.weights=FILE to a local copy, "

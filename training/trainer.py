@@ -78,7 +78,7 @@ class Trainer:
                 discriminator.parameters(), discriminator_lr, (0.5, 0.9), weight_decay=0.0
             )
         self.steps_done = 0  # optimizer steps
-        self._minutes_before = 0.0  # training time before this process started
+        self._minutes_before = 0.0  # minutes of training before this process started
         self._resume()
         self._first_step = self.steps_done
         self._restart_clocks()
