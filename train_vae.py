@@ -243,8 +243,8 @@ def evaluate(
         with autocast(device, dtype):
             posterior = vae.encode(x)
             y = vae.decode(posterior.mean)
-        y = y.clamp(-1, 1)  # image files cannot store values outside this range
-        x01, y01 = (x + 1) / 2, (y + 1) / 2  # SSIM depends on the offset: it expects [0, 1]
+        y = y.clamp(-1, 1)  # as stored in an image file
+        x01, y01 = (x + 1) / 2, (y + 1) / 2  # SSIM expects [0, 1]: an offset would change it
         metrics = dict(
             psnr=peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
             ssim=structural_similarity_index_measure(y01, x01, data_range=1.0),

@@ -52,7 +52,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 def num_heads(channels: int, head_channels: int) -> int:
-    """Largest number of heads that divides channels and leaves at least head_channels per head; at least 1."""
+    """Largest number of heads that divides channels and leaves at least head_channels channels per head, but at least 1."""
     heads = max(1, channels // head_channels)
     while channels % heads:
         heads -= 1
