@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-MIN_DISCRIMINATOR_SIZE = 24  # pixels; smaller images leave PatchDiscriminator no output
-MIN_PERCEPTUAL_SIZES = {"vgg": 16, "alex": 31, "squeeze": 17, "vgg19": 4}  # pixels; pooling leaves smaller images no output
+MIN_DISCRIMINATOR_SIZE = 24  # pixels; PatchDiscriminator has no output for smaller images
+MIN_PERCEPTUAL_SIZES = {"vgg": 16, "alex": 31, "squeeze": 17, "vgg19": 4}  # pixels; smaller images have empty feature maps
 
 
 class Section(BaseModel):
@@ -52,22 +52,24 @@ class DataConfig(Section):
     )
     path: Optional[PathText] = setting(
         None,
-        "folder or zip of the images; huggingface: hub id, folder or file (parquet, arrow, imagefolder); cifar10: folder of "
-        "cifar-10-batches-py; with download: folder to download into",
+        "folder or zip of the images; huggingface: hub id, folder or file (parquet, arrow, imagefolder); cifar10: folder "
+        "that contains cifar-10-batches-py; with data.download=true: folder to download into",
     )
-    subset: Optional[str] = setting(None, "huggingface: configuration of the dataset, for those that have several")
+    subset: Optional[str] = setting(None, "huggingface: name of the dataset's configuration, if it has several")
     split: Optional[str] = setting(
         None,
-        "huggingface: use only this split, for example train or train[:5000]; default: train, validation and test keep "
-        "their meaning",
+        "huggingface: use only this split, for example train or train[:5000]; default: use the dataset's splits train, "
+        "validation and test",
     )
-    image_column: Optional[str] = setting(None, "huggingface: column of the images; default: the only one of type Image")
+    image_column: Optional[str] = setting(None, "huggingface: column of the images; default: the only column of type Image")
     label_column: Optional[str] = setting(
         None,
-        "column with class labels; default: huggingface: all of type ClassLabel; folder: all further columns of the metadata "
-        "files with few different values",
+        "column with class labels; default for huggingface: all columns of type ClassLabel; default for folder: all other "
+        "columns of the metadata files, if they have few different values",
     )
-    caption_column: Optional[str] = setting(None, "column with captions; default: captions, caption, text or prompt, if any")
+    caption_column: Optional[str] = setting(
+        None, "column with captions; default: the first that exists of captions, caption, text and prompt"
+    )
     value_range: Optional[Annotated[list[float], Field(min_length=2, max_length=2)]] = setting(
         None,
         "[black, white]: values of 16-bit, 32-bit and float images that become black and white; default: [0, 65535] for "
@@ -75,7 +77,9 @@ class DataConfig(Section):
     )
     download: bool = setting(False, "celeba, cifar10: download with torchvision into data.path")
     channels: Literal[1, 3, 4] = setting(
-        3, "1: grayscale; 3: RGB; 4: RGBA, for folder and huggingface; 1 and 3: transparency over white"
+        3,
+        "1: grayscale; 3: RGB; 4: RGBA, only for folder and huggingface. Without RGBA, transparent images get a white "
+        "background",
     )
     image_size: Annotated[Union[int, list[int]], BeforeValidator(check_image_size)] = setting(
         64, "size of the training images in pixels: a number for squares, or [height, width]"
@@ -103,13 +107,13 @@ class DataConfig(Section):
 
     @property
     def size_text(self) -> str:
-        """64 for squares, else 48x64 (height x width)."""
+        """Size for messages: "64" for squares, else height x width, such as "48x64"."""
         height, width = self.size
         return f"{height}" if height == width else f"{height}x{width}"
 
     @property
     def crop_name(self) -> str:
-        """crop with "auto" resolved."""
+        """data.crop, or the crop that "auto" selects."""
         return self.crop if self.crop != "auto" else "ddim" if self.source == "celeba" else "center"
 
 
@@ -144,14 +148,15 @@ class TrainingConfig(Section):
     batch_size: PositiveInt = setting(64, "images per optimizer step, over all GPUs")
     micro_batch: Union[Literal["auto"], PositiveInt] = setting(
         "auto",
-        "images per forward and backward pass of each GPU, with gradient accumulation; auto: halve until it fits in memory",
+        "images per forward and backward pass of each GPU, with gradient accumulation; auto: start with the GPU's "
+        "share of the batch and halve it until it fits in memory",
     )
     grad_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about one more forward pass per step"
     )
     lr: PositiveFloat = setting(2e-4, "learning rate of AdamW after warm-up")
     lr_decay: Literal["none", "cosine"] = setting(
-        "none", "cosine: decay to lr/10 at the last step or at max_minutes, whichever is closer"
+        "none", "cosine: decay to lr/10 at the last step or at max_minutes, whichever comes first"
     )
     warmup: Count = setting(500, "steps of linear learning rate warm-up")
     weight_decay: Weight = setting(0.0, "decoupled weight decay of AdamW")
@@ -170,12 +175,13 @@ class VAEConfig(TrainingConfig):
     steps: Count = setting(20000, "total number of optimizer steps; 0 uses the weights of init_from without training")
     init_from: Optional[PathText] = setting(
         None,
-        "weights to start from: a vae.safetensors, or a diffusers AutoencoderKL as a folder or Hugging Face hub id; the "
-        "architecture comes from the weights, and channels … output_activation are ignored",
+        "weights to start from: a vae.safetensors, or a diffusers AutoencoderKL as a folder or Hugging Face hub id; it also "
+        "defines the architecture, so channels, num_res_blocks, attention, patch_size, latent_channels and "
+        "output_activation are ignored",
     )
     retrain: bool = setting(
         False,
-        "continue training although it invalidates encodings.pt and the U-Nets that were made with the current weights",
+        "train even if encodings.pt and U-Nets exist; they become invalid, because they belong to the current VAE weights",
     )
     channels: ChannelsPerLevel = setting(
         [64, 64, 128], "channels per resolution level; downsampling factor f = patch_size · 2^(levels-1)"
@@ -187,7 +193,7 @@ class VAEConfig(TrainingConfig):
     output_activation: Literal["none", "tanh"] = setting("none", "tanh: limit the decoder's output to [-1, 1]")
     reconstruction: Literal["mse", "l1"] = setting("mse", "reconstruction loss, mean over pixels and channels")
     kl_weight: Weight = setting(
-        1e-6, "weight of the KL loss, in nats per latent dimension (mean over dimensions, while LDM uses the sum)"
+        1e-6, "weight of the KL loss, which is in nats, averaged over latent dimensions (LDM uses the sum)"
     )
     kl_warmup: Count = setting(0, "steps of linear kl_weight warm-up")
     perceptual: PerceptualConfig = PerceptualConfig()
@@ -225,11 +231,11 @@ class TextConfig(Section):
 class DiffusionConfig(TrainingConfig):
     init_from: Optional[PathText] = setting(
         None,
-        "weights to start from: a unet.safetensors, or a diffusers UNet2DModel as a folder or Hugging Face hub id; the "
-        "architecture comes from the weights",
+        "weights to start from: a unet.safetensors, or a diffusers UNet2DModel as a folder or Hugging Face hub id; it also "
+        "defines the architecture",
     )
     name: Optional[Name] = setting(
-        None, "name of this U-Net, its folder is <runs_dir>/<name>/<diffusion.name>; default: the schedule's name"
+        None, "name of this U-Net; its folder is <runs_dir>/<name>/<diffusion.name>; default: the schedule's name"
     )
     schedule: Literal["linear", "cosine", "scaled_linear", "flow"] = setting(
         "cosine",
@@ -241,7 +247,7 @@ class DiffusionConfig(TrainingConfig):
         "eps", "prediction target: noise, v (Salimans & Ho 2022), clean latent, or the velocity eps - z of rectified flow"
     )
     timestep_sampling: Literal["uniform", "logit_normal"] = setting(
-        "uniform", "distribution of training timesteps; logit_normal: more in the middle (Esser et al. 2024, §3.1)"
+        "uniform", "distribution of training timesteps; logit_normal: more near T/2 (Esser et al. 2024, §3.1)"
     )
     weighting: Literal["none", "min_snr"] = setting("none", "loss weight per timestep; min_snr: Hang et al. 2023")
     min_snr_gamma: PositiveFloat = setting(5.0, "min_snr: gamma, the upper limit of the SNR in the loss weight")
@@ -250,7 +256,7 @@ class DiffusionConfig(TrainingConfig):
     )
     num_res_blocks: PositiveInt = setting(2, "residual blocks per level")
     attn_resolutions: list[PositiveInt] = setting(
-        [8], "latent resolutions (the longer side) with self-attention; the bottleneck always has it"
+        [8], "resolutions with self-attention (longer side of the U-Net's feature maps); the bottleneck always has it"
     )
     head_channels: PositiveInt = setting(64, "minimum number of channels per attention head")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = setting(0.1, "dropout in residual blocks")
@@ -262,14 +268,14 @@ class DiffusionConfig(TrainingConfig):
         0.1, "probability of replacing a condition by the null condition in training, for classifier-free guidance"
     )
     cross_attn_resolutions: list[PositiveInt] = setting(
-        [], "text: latent resolutions (the longer side) with cross-attention to the caption"
+        [], "text: resolutions with cross-attention to the caption (longer side of the U-Net's feature maps)"
     )
     bottleneck: Literal["residual", "transformer"] = setting(
         "residual", "middle block of the U-Net; residual: residual blocks and attention; transformer: adaLN-Zero blocks"
     )
     bottleneck_blocks: PositiveInt = setting(4, "transformer: number of blocks")
     snapshot_every: Optional[PositiveInt] = setting(
-        None, "steps between weights files kept in snapshots/, for sampling.autoguidance; default: none"
+        None, "steps between copies of the weights in snapshots/, for sampling.autoguidance; default: no copies"
     )
     sample_images: PositiveInt = setting(36, "images in the sample grid during training (unipc, 20 steps, fixed noise)")
 
@@ -296,12 +302,12 @@ class SamplingConfig(Section):
     )
     sigma_max: Optional[PositiveFloat] = setting(
         None,
-        "start at the last timestep with sigma/alpha at most this; default: 70 for cosine, 1000 for flow, else no limit",
+        "start at the noisiest timestep with sigma/alpha up to this; default: 70 for cosine, 1000 for flow, else no limit",
     )
     x0_clamp: Union[Literal["range", "none"], PositiveFloat] = setting(
         "range",
-        "clamp of the clean estimate; range: range of the training latents per channel; none: off; a number c: [-c, c], "
-        "but 1.0 shrinks latents of unit variance",
+        "clamp the clean estimate; range: to the range of the training latents in each channel; none: off; a number c: to "
+        "[-c, c]; 1.0 is too small for latents of unit variance",
     )
     clean_finish_steps: Count = setting(
         0, "ancestral, dpmpp_2m_sde, ddim with eta > 0: number of last steps that add no noise"
@@ -314,23 +320,25 @@ class SamplingConfig(Section):
         None, "[low, high]: use guidance only if sigma/alpha is in this range (Kynkäänniemi et al. 2024); default: always"
     )
     guidance_rescale: Fraction = setting(
-        0.0, "strength of rescaling guided estimates to the std of conditional ones (Lin et al. 2024); 0: off"
+        0.0, "rescale guided estimates toward the std of the conditional estimates (Lin et al. 2024); 0: off, 1: fully"
     )
     autoguidance: Optional[PathText] = setting(
         None,
-        "weights file of an earlier snapshot or a smaller U-Net to guide away from, instead of the null condition "
-        "(Karras et al. 2024)",
+        "weights file of a snapshot or a smaller U-Net; guidance moves away from its estimate instead of the unconditional "
+        "estimate (Karras et al. 2024)",
     )
     labels: Optional[Annotated[list[Union[str, dict[str, str]]], Field(min_length=1)]] = setting(
         None,
-        "class: one grid row per entry. A model with one label takes its values: [0, cat]. A model with several takes "
-        "mappings: [{hat: beanie, glasses: yes}]. Default: all values of a single label, at most sampling.rows of them; "
-        "no condition if there are several labels",
+        "class: one grid row per entry. For a model with one label, an entry is a value: [0, cat]. For several labels, an "
+        "entry is a mapping: [{hat: beanie, glasses: yes}]. Default for one label: all its values, at most sampling.rows; "
+        "default for several labels: no condition",
     )
     prompts: Optional[Annotated[list[str], Field(min_length=1)]] = setting(
         None, "text: one grid row per caption; default: no condition"
     )
-    slerp_to: Optional[Seed] = setting(None, "second seed: each row interpolates from an image of seed to one of slerp_to")
+    slerp_to: Optional[Seed] = setting(
+        None, "second seed: each row interpolates from the noise of sampling.seed to the noise of this seed"
+    )
     image: Optional[PathText] = setting(None, "image-to-image: path of the initial image, in the model's image size")
     strength: Optional[Annotated[float, Field(gt=0.0, le=1.0)]] = setting(
         None, "image-to-image: fraction of the steps to run; 1: start from pure noise; default: 0.6, or 1 with a mask"
@@ -339,7 +347,7 @@ class SamplingConfig(Section):
     rows: PositiveInt = setting(10, "rows of the grid; labels and prompts override it")
     cols: PositiveInt = setting(10, "columns of the grid")
     num_images: Optional[PositiveInt] = setting(
-        None, "number of images; default: rows · cols; more than the grid holds requires save_images"
+        None, "number of images; default: rows · cols; more than rows · cols requires save_images"
     )
     batch_size: PositiveInt = setting(100, "images per sampling batch")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
@@ -360,15 +368,17 @@ class EvaluationConfig(Section):
     )
     num_generated: Optional[Annotated[int, Field(ge=8)]] = setting(
         None,
-        "generation: overrides num_images; a Fréchet distance needs more images than features (2,048 for Inception)",
+        "generation: number of generated images, default: num_images; a Fréchet distance needs more images than features "
+        "(2,048 for Inception)",
     )
     num_reference: Annotated[int, Field(ge=8)] = setting(
         10000, "generation: maximum number of training images to compare with"
     )
     features: Annotated[list[FeatureName], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = setting(
         ["inception"],
-        "feature networks, one name or a list: generation, reconstruction and latents report the distances of each; their "
-        "distances cannot be compared; efficientnet_lite0 needs no download; []: reconstruction and latents without them",
+        "feature networks, one name or a list; generation, reconstruction and latents report distances for each network. "
+        "Distances of different networks cannot be compared. efficientnet_lite0 needs no download. With [], reconstruction "
+        "and latents report no distances",
     )
     weights: Union[None, PathText, dict[FeatureName, PathText]] = setting(
         None,
@@ -443,7 +453,7 @@ class Config(Section):
     def diffusion_name(self) -> str:
         return self.diffusion.name or self.diffusion.schedule
 
-    # Rules across keys. pydantic reports them without a location, so the messages name the keys.
+    # Checks that involve several keys. pydantic adds no key to their error messages, so the messages name the keys.
 
     @model_validator(mode="after")
     def _check_names(self) -> "Config":
@@ -478,8 +488,8 @@ class Config(Section):
         net, shorter_side = self.vae.perceptual.net, min(self.data.size)
         if shorter_side < MIN_PERCEPTUAL_SIZES.get(net, 0):
             raise ValueError(
-                f"data.image_size must be at least {MIN_PERCEPTUAL_SIZES[net]} if vae.perceptual.net={net} (got {self.data.size_text}); "
-                f"vae.perceptual.net=none turns it off"
+                f"data.image_size must be at least {MIN_PERCEPTUAL_SIZES[net]} if vae.perceptual.net={net} "
+                f"(got {self.data.size_text}): use larger images, or vae.perceptual.net=none"
             )
         if self.vae.adversarial.weight > 0 and shorter_side < MIN_DISCRIMINATOR_SIZE:
             raise ValueError(
@@ -489,7 +499,7 @@ class Config(Section):
         if self.vae.steps == 0 and self.vae.init_from is None:
             raise ValueError("vae.steps must be at least 1 without vae.init_from (got 0)")
         if self.vae.init_from is not None:
-            return self  # the downsampling factor is known when the weights are read
+            return self  # the downsampling factor is not known before the weights are read
         f, levels = self.vae.downsampling, len(self.diffusion.channels)
         if any(side % f for side in self.data.size):
             raise ValueError(
@@ -511,7 +521,7 @@ class Config(Section):
         if self.text.encoder == "none":
             raise ValueError("diffusion.condition=text needs text.encoder=pretrained or words (got none)")
         if self.vae.init_from is not None:
-            return self  # UNet checks the resolutions
+            return self  # the resolutions are not known before the weights are read; UNet checks them
         longer_side = max(self.data.size) // self.vae.downsampling
         resolutions = [longer_side >> level for level in range(len(self.diffusion.channels))]
         if not set(resolutions) & set(self.diffusion.cross_attn_resolutions):
@@ -549,7 +559,7 @@ class Config(Section):
         if self.diffusion.condition == "none" and cfg.guidance != 1 and cfg.autoguidance is None:
             raise ValueError(
                 f"sampling.guidance must be 1 if diffusion.condition=none (got {cfg.guidance:g}): "
-                f"set it to 1, or name a weaker U-Net with sampling.autoguidance"
+                f"set it to 1, or set sampling.autoguidance to the weights of a weaker U-Net"
             )
         if cfg.guidance_interval is not None and not cfg.guidance_interval[0] < cfg.guidance_interval[1]:
             raise ValueError(f"sampling.guidance_interval must be [low, high] with low < high (got {cfg.guidance_interval})")
@@ -557,6 +567,6 @@ class Config(Section):
             for name in ("autoguidance", "guidance_interval", "guidance_rescale"):
                 if getattr(cfg, name) not in (None, 0.0):
                     raise ValueError(
-                        f"sampling.{name} has no effect if sampling.guidance=1 (off): set another scale, for example 2"
+                        f"sampling.{name} has no effect if sampling.guidance=1 (off): set it to another scale, such as 2"
                     )
         return self

@@ -1,8 +1,9 @@
 """Stage 2 of 4: VAE -> runs/<name>/encodings.pt.
 
-Encode every training and validation image, and mirrored training images if data.flip is on, to their posterior means. Fit
-the normalizer, and store both with labels, captions, caption embeddings (text.encoder=pretrained) and fingerprints. Does
-nothing if the file is up to date. Run the same command again to continue after an interruption.
+Encode all training and validation images to their posterior means, and with data.flip also the mirrored training images.
+Fit the normalizer to the training latents. Store latents, normalizer, labels, captions, fingerprints and, with
+text.encoder=pretrained, caption embeddings. Does nothing if encodings.pt is up to date. Run the same command again to
+continue after an interruption.
 """
 
 from utils import cli
@@ -39,10 +40,10 @@ from utils.files import require_space
 from utils.images import to_float
 from utils.locks import lock_folder
 
-CHUNK = 8192  # images or captions per temporary file; an interruption repeats at most one chunk per process
-TOKENS_PER_CAPTION = 15  # for the estimate of disk space
+CHUNK = 8192  # images or captions per temporary file; an interrupted run continues after the last complete file
+TOKENS_PER_CAPTION = 15  # typical length, to estimate the disk space for caption embeddings
 
-# encode_chunk(range of item indices, advance) -> tensors; advance(n) is called after every n items, for the progress bar.
+# encode_chunk(item indices, advance) -> named tensors. It calls advance(n) after every n items to move the progress bar.
 EncodeChunk = Callable[[range, Callable[[int], object]], dict[str, Tensor]]
 
 
@@ -58,7 +59,7 @@ def encode(config: Config, dry_run: bool) -> None:
     encoder, texts = None, []
     if config.text.encoder == "pretrained" and images.captions is not None:
         encoder = TextEncoder(config.text.model, device)
-        # The last text is the empty caption, the null condition.
+        # The last text is the empty caption, whose embedding is the null condition.
         texts = [text for split in rows for image_captions in captions[split] for text in image_captions] + [""]
     result = dict(
         labels=labels[TRAIN],
@@ -80,7 +81,7 @@ def encode(config: Config, dry_run: bool) -> None:
     )
     print(f"files: {path} ({num_bytes / 1e6:,.0f} MB)")
     if is_up_to_date(path, result, encoder, config):
-        print(f"{path}: up to date")
+        print(f"{path} is up to date")
         return
     if encoder:
         caption_bytes = len(texts) * TOKENS_PER_CAPTION * encoder.dim * 2
@@ -93,7 +94,7 @@ def encode(config: Config, dry_run: bool) -> None:
     lock_folder(config.run_dir)
     inputs = f"{result['vae_fingerprint']}{images.fingerprint}{cfg.dtype}{encoder and encoder.fingerprint}{texts}"
     scratch = chunk_folder(config, inputs)
-    if config.compile is True:  # not for "auto": encoding ends before compilation pays off
+    if config.compile is True:  # "auto" does not compile here: encoding ends before compilation pays off
         compile_networks(True, device, vae.encoder)
     loader = BatchLoader([torch.from_numpy(images.pixels)], device)
     print(f"pixels: {loader}")
@@ -104,7 +105,7 @@ def encode(config: Config, dry_run: bool) -> None:
 
         def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
             content = encode_latents(chunk, advance)
-            images.verified.result()  # a chunk of damaged pixels must not be written
+            images.verified.result()  # raises if the cached pixels are damaged, before their latents are written
             return content
 
         return encode_in_chunks(scratch, title, "img", len(split_rows), encode_chunk)
@@ -137,7 +138,7 @@ def encode(config: Config, dry_run: bool) -> None:
 
 
 def chunk_folder(config: Config, inputs: str) -> Path:
-    """Folder for the chunks of these inputs. Removes chunks that an interrupted run with another VAE or dataset left behind."""
+    """Return the folder for chunk files, named by a hash of `inputs`. Remove the chunk folders of runs with other inputs."""
     folder = config.run_dir / f"encodings.chunks-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     if distributed.is_main():
         for other in config.run_dir.glob("encodings.chunks-*"):
@@ -147,9 +148,10 @@ def chunk_folder(config: Config, inputs: str) -> Path:
 
 
 def encode_in_chunks(folder: Path, title: str, unit: str, n: int, encode_chunk: EncodeChunk) -> list[Path]:
-    """Encode items 0 … n-1 into one file per chunk, shared among all processes. Existing intact chunks are kept.
+    """Encode items 0 … n-1 in chunks, write one file per chunk, and return all files in order.
 
-    Returns the files of all chunks in order. A chunk is written while the device encodes the next one.
+    The processes share the chunks. Chunks that already have an intact file are skipped. A background thread writes each
+    chunk while the device encodes the next one.
     """
     chunk_size = min(CHUNK, -(-n // distributed.world_size()))
     chunks = [range(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
@@ -171,7 +173,7 @@ def encode_in_chunks(folder: Path, title: str, unit: str, n: int, encode_chunk: 
 
 
 def join_chunks(files: list[Path], key: str) -> Tensor:
-    """Concatenate one tensor of all chunks, in a memory-mapped file next to them: it may be larger than memory."""
+    """Concatenate the tensor `key` of all chunk files. The result is memory-mapped, because it may not fit in memory."""
     parts = [load_tensors(file, f"remove {file.parent}", mmap=True)[key] for file in files]
     shape = sum(map(len, parts)), *parts[0].shape[1:]
     joined_file = files[0].with_suffix(f".{key}.joined")
@@ -180,18 +182,18 @@ def join_chunks(files: list[Path], key: str) -> Tensor:
 
 
 def make_latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool) -> EncodeChunk:
-    """Return a function that encodes a chunk of the images at `rows` to posterior means, mirrored first if `flip`."""
+    """Return a function that encodes a chunk of the images `rows` to posterior means. `flip` mirrors the images first."""
     cfg, device, dtype = config.encodings, loader.device, pick_precision(config.precision, loader.device)
-    storage, size = getattr(torch, cfg.dtype), [side // vae.downsampling for side in config.data.size]
+    storage_dtype, size = getattr(torch, cfg.dtype), [side // vae.downsampling for side in config.data.size]
 
     def encode_chunk(chunk: range, advance: Callable[[int], object]) -> dict[str, Tensor]:
-        means = torch.empty(len(chunk), vae.latent_channels, *size, dtype=storage, device=device)
+        means = torch.empty(len(chunk), vae.latent_channels, *size, dtype=storage_dtype, device=device)
         batches = rows[chunk.start : chunk.stop].split(cfg.batch_size)
         for start, batch, next_batch in zip(count(0, cfg.batch_size), batches, [*batches[1:], None]):
             x = to_float(loader.batch(batch, next_batch))
             with torch.no_grad(), autocast(device, dtype):
                 mean = vae.encode((x.flip(3) if flip else x).contiguous(memory_format=torch.channels_last)).mean
-            means[start : start + len(x)] = mean.to(storage)
+            means[start : start + len(x)] = mean.to(storage_dtype)
             advance(len(x))
         if not torch.isfinite(means).all():
             raise UserError(
@@ -221,7 +223,7 @@ def make_caption_encoder(encoder: TextEncoder, captions: list[str], batch_size: 
 
 
 def is_up_to_date(path: Path, result: dict, encoder: TextEncoder | None, config: Config) -> bool:
-    """Whether the file already holds what this run would write. A damaged file counts as out of date."""
+    """Return whether encodings.pt already contains what this run would write. A damaged file is out of date."""
     try:
         stored = LatentDataset.load(path)
     except UserError:
@@ -239,7 +241,7 @@ def is_up_to_date(path: Path, result: dict, encoder: TextEncoder | None, config:
 
 
 def latent_table(normalizer: Normalizer) -> str:
-    """Statistics of the scaled latents, one line per channel."""
+    """Format the statistics of the scaled latents, one line per channel."""
     n = normalizer
     lines = [
         f"scaled latents: overall std {n.overall_std():.3f}",

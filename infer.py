@@ -1,7 +1,7 @@
 """Stage 4 of 4: noise -> latents -> images.
 
-Sample images with the settings of config.sampling and write them as a grid to results/, with all settings inside the PNG.
-Prints how the std of the generated latents compares with that of the training latents.
+Sample images with the settings of config.sampling and write them as a grid to results/. The metadata of the PNG contain all
+settings. Prints the std of the generated latents relative to the std of the training latents.
 """
 
 from utils import cli
@@ -31,7 +31,7 @@ from utils.errors import UserError
 from utils.files import keep_old_version, require_space
 from utils.images import image_grid, save_gif, save_png, to_uint8
 
-MAX_NAME_BYTES = 48  # names of output files contain the name of sampling.image, cut to this length
+MAX_NAME_BYTES = 48  # output file names contain the file name of sampling.image, cut to this length
 TRAJECTORY_IMAGES = 8  # images in the trajectory strip if there are no prompts or labels
 
 
@@ -84,8 +84,11 @@ def infer(config: Config, dry_run: bool) -> None:
         f"latents: the std of generated latents is {stats['std_ratio']:.3f} times that of training latents "
         f"(1 is ideal, 0.9 to 1.1 is good); worst channel {stats['worst_channel']}: {stats['worst_channel_ratio']:.3f}"
     )
-    print(f"clamped: {stats['clamped']:.2%} of clean estimates; {stats['out_of_range']:.2%} of pixel values out of range")
-    # No warning for guided samples and variations of one image: their std may differ from that of the training set.
+    print(
+        f"clamped: {stats['clamped']:.2%} of latent values in clean estimates (sampling.x0_clamp); "
+        f"{stats['out_of_range']:.2%} of pixel values, which were outside [-1, 1]"
+    )
+    # Guided samples and variations of sampling.image may have another std than the training set, so they cause no warning.
     for line in std_warnings(stats, cfg) if init is None and cfg.guidance == 1 else []:
         print(line)
     print(f"done: {num_images:,} images in {seconds:.1f} s, grid in {path}")
@@ -107,7 +110,7 @@ def print_plan(cfg: SamplingConfig, model: LatentDiffusion, path: Path, steps: s
 
 
 def save_trajectory(model: LatentDiffusion, samples: Samples, prompts: Prompts, path: Path) -> None:
-    """Decode the clean estimates during sampling: a strip (one row per image) and an animation."""
+    """Decode the clean estimates recorded during sampling. Save a strip with one row per image, and a GIF."""
     rows = [to_uint8(model.decode(torch.stack(samples.trajectory[i]).to(model.device))) for i in sorted(samples.trajectory)]
     strip = image_grid(np.concatenate(rows), len(rows[0]), titles=prompts.titles)
     save_png(strip, path.with_name(f"{path.name}_strip.png"))
@@ -134,7 +137,7 @@ def png_metadata(config: Config, model: LatentDiffusion, prompts: Prompts, stats
 
 
 def name_suffix(cfg: SamplingConfig) -> str:
-    """Suffix of the file name that names slerp, the initial image, guidance and clamping, if they differ from the default."""
+    """File name suffix for slerp, initial image, guidance and clamping; settings with their default value are left out."""
     start = f"_slerp{cfg.seed}to{cfg.slerp_to}" if cfg.slerp_to is not None else ""
     if cfg.image:
         start = f"_{'inpaint' if cfg.mask else 'from'}_{short_name(Path(cfg.image).stem)}"
@@ -144,13 +147,13 @@ def name_suffix(cfg: SamplingConfig) -> str:
 
 
 def short_name(name: str) -> str:
-    """Letters of any script, digits, "_", "." and "-", cut to MAX_NAME_BYTES: file names are limited to 255 bytes."""
+    """Replace all characters except letters, digits, "_", "." and "-" by "_". Cut to MAX_NAME_BYTES bytes of UTF-8."""
     return re.sub(r"[^\w.-]+", "_", name).encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> bool:
-    """Whether files of this name exist that were sampled with other settings, such as another seed, or by another U-Net."""
-    ignored_keys = {"batch_size": 0, "save_images": 0}
+    """Return whether output files of this name exist and come from other settings, such as the seed, or another U-Net."""
+    ignored_keys = {"batch_size": 0, "save_images": 0}  # they do not change the images
     settings = json.loads(json.dumps(config.sampling.model_dump())) | ignored_keys
     try:
         with Image.open(path) as image:
@@ -158,9 +161,9 @@ def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> boo
             old_model = image.text["unet_fingerprint"], image.text["spacing"]
             return old_settings != settings or old_model != (model.checkpoint.fingerprint, model.spacing(config.sampling))
     except FileNotFoundError:
-        return path.with_suffix("").exists()  # single images without a grid
-    except Exception:  # damaged, or without our metadata: many error types
-        return True  # unknown: do not overwrite it
+        return path.with_suffix("").exists()  # a folder of single images without a grid
+    except Exception:  # a damaged PNG or one without our metadata can raise many error types
+        return True  # unknown origin: do not overwrite the file
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Sampling: noise -> clean latents, given only denoise(z_t, t) -> z0_hat. Pure functions: no networks, no files.
 
-Prediction type, conditioning, guidance and precision live in the closure that builds `denoise`. Thresholding is applied to
-z0_hat here, and eps is re-derived from it.
+`denoise` hides prediction type, conditioning, guidance and precision; make_denoiser() and guided() build it. sample() clamps
+z0_hat, and the solvers compute eps from the clamped z0_hat.
 """
 
 import itertools
@@ -41,19 +41,21 @@ def sample(
 ) -> Tensor:
     """Noise (B, C, h, w) ~ N(0, 1) -> clean latents of the same shape, float32.
 
-    steps         solver steps, 1 … T; fewer if sigma_max leaves fewer usable timesteps. One network evaluation per step;
-                  heun makes two, except in the last step
-    eta           ddim: 0 is deterministic, 1 has the posterior variance
-    order         unipc: 1 … 3
-    variance      ancestral: "posterior" or "beta"
-    sigma_max     start at the last timestep with sigma/alpha <= sigma_max; None: the schedule's default
-    clean_finish_steps  the last K steps add no noise
-    x0_range      bound on z0_hat: None, a number (±), a pair (low, high) broadcastable to z, or a Threshold
-    init_latents  clean latents of noise's shape for image-to-image (SDEdit, Meng et al. 2022)
+    steps         number of solver steps, 1 … T, reduced if fewer timesteps have sigma/alpha <= sigma_max. Each step
+                  evaluates the network once; heun evaluates it twice, except in the last step
+    spacing       timestep spacing, see timesteps()
+    eta           ddim: 0 adds no noise, 1 adds noise with the posterior variance
+    order         unipc: order of the solver, 1 … 3
+    variance      ancestral: variance of the added noise, "posterior" or "beta"
+    sigma_max     start at the noisiest timestep with sigma/alpha <= sigma_max; None: the schedule's default
+    clean_finish_steps  number of last steps in which stochastic samplers add no noise
+    x0_range      limits of z0_hat: None, a number c for [-c, c], a pair (low, high) broadcastable to z, or a Threshold
+    init_latents  clean latents to start image-to-image from, in the shape of noise (SDEdit, Meng et al. 2022)
     strength      fraction of the steps to run from noised init_latents; 1 starts from pure noise
-    mask          inpainting: 1 to generate, 0 to keep init_latents, broadcastable to noise. z0_hat is replaced outside the
-                  mask, so every solver carries init_latents through the right noise levels (Song et al. 2021b, App. I.2)
-    generator     randomness of stochastic samplers: one generator, or one per image (image i is then the same in any batch)
+    mask          inpainting, broadcastable to noise: 1 to generate, 0 to keep init_latents. Where it is 0, every z0_hat is
+                  replaced by init_latents, to which the solver adds the right noise (Song et al. 2021b, App. I.2)
+    generator     source of the noise that stochastic samplers add: one generator, or one per image. With one per image,
+                  an image does not depend on the other images of its batch
     callback      called as callback(i, t, z_t, z0_hat) after network evaluation i = 0, 1, …
     Raises ValueError for unknown names, values out of range and shapes that do not match.
     """
@@ -111,7 +113,7 @@ def _check_init(noise: Tensor, init_latents: Tensor | None, strength: float, mas
 
 
 def num_evaluations(sampler: str, steps: int) -> int:
-    """Network evaluations that a sampler makes in `steps` steps, the last of which ends at clean data."""
+    """Number of network evaluations in `steps` solver steps. heun needs two per step, but one in the last step."""
     return 2 * steps - 1 if sampler == "heun" else steps
 
 
@@ -123,10 +125,10 @@ RHO = 7.0  # Karras et al. 2022, eq. 5
 
 
 def default_spacing(sampler: str, schedule: Schedule) -> str:
-    """The spacing that measured best for a sampler (docs/sampling.md): logsnr for second-order solvers, else trailing.
+    """Return the spacing with the best measured results (docs/sampling.md): logsnr for second-order solvers, else trailing.
 
-    Uniform steps in t skip the low noise levels that determine low-variance directions. `flow` was not measured and uses
-    trailing.
+    Uniform steps in t skip the low noise levels that determine low-variance directions of the data. The flow schedule was
+    not measured and uses trailing.
     """
     return "logsnr" if sampler in SECOND_ORDER and schedule.name != "flow" else "trailing"
 
@@ -137,13 +139,14 @@ def timesteps(
     """Return `steps` descending timesteps with sigma/alpha <= sigma_max (None: the schedule's default).
 
     trailing  T-1, then down in equal strides (Lin et al. 2024, Table 2)
-    leading   floor(i T/N), i = N-1 … 0 (Song et al. 2021, App. D.2); starts one stride below T, so not at pure noise
+    leading   floor(i T/N), i = N-1 … 0 (Song et al. 2021, App. D.2); starts one stride below T, not at pure noise
     linspace  equal strides that include T-1 and 0
     logsnr    uniform in log(alpha/sigma) (Lu et al. 2022a, §3.4)
     karras    uniform in (sigma/alpha)^(1/7)
-    `strength` < 1 starts at this fraction of the timesteps and runs this fraction of the steps, as image-to-image does.
-    Returns fewer timesteps if fewer are usable, and for logsnr and karras if neighbors round to the same timestep.
-    sigma_max matters for the cosine schedule: an error in eps is multiplied by sigma/alpha, which reaches 20,000 at T-1.
+
+    strength < 1 is for image-to-image: it starts at this fraction of the timesteps and runs this fraction of the steps.
+    Fewer than `steps` timesteps are returned if sigma_max leaves fewer, or if logsnr or karras rounds two to the same one.
+    sigma_max matters for the cosine schedule: z0_hat multiplies an error in eps by sigma/alpha, which is 20,000 at T-1.
     """
     if not 1 <= steps <= schedule.timesteps:
         raise ValueError(f"steps must be between 1 and T = {schedule.timesteps} (got {steps})")
@@ -161,12 +164,12 @@ def timesteps(
         )
     steps = min(steps, usable)
     n = max(1, round(strength * steps))
-    start = n * usable / steps  # the first timestep plus one: one strength gives one initial noise level for every spacing
+    start = n * usable / steps  # the first timestep plus 1. Except for leading, it does not depend on the spacing.
     i = torch.arange(n, dtype=torch.float64)
     if spacing == "trailing":
         visited = (start - i * start / n).round().long() - 1
     elif spacing == "leading":
-        # A stride rounded to usable // steps, as in diffusers, would start 500 of 990 steps at t = 499.
+        # diffusers rounds the stride to usable // steps: 500 steps over 990 timesteps would then start at t = 499.
         visited = (i.long() * usable // steps).flip(0)
     elif spacing == "linspace":
         visited = torch.linspace(round(start) - 1, 0, n, dtype=torch.float64).round().long()
@@ -190,14 +193,13 @@ def make_denoiser(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Denoise:
-    """Wrap net(z_t, t) -> prediction (eps | v | x0 | velocity) as denoise(z_t, t) -> z0_hat. The network runs under autocast
-    to dtype."""
+    """Wrap net(z_t, t) -> prediction (eps, v, x0 or velocity) as denoise(z_t, t) -> z0_hat, with autocast to dtype."""
 
     @torch.no_grad()
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
         t = t.to(z_t.device, non_blocking=True)
-        # A CUDA graph must not read autocast's cached weight copies: they are freed outside the graph. Without the cache
-        # nothing is lost, because each weight is used once per call.
+        # Autocast frees its cached weight copies when the context ends, but a CUDA graph would read them later. Disabling
+        # the cache costs nothing, because each weight is used once per call.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             output = net(z_t.contiguous(memory_format=torch.channels_last), t).float()
         return to_z0(prediction, output, z_t, *schedule.coefficients(t))
@@ -216,11 +218,13 @@ def guided(
     """Classifier-free guidance (Ho & Salimans 2021): uncond + scale (cond - uncond), applied to the clean estimates.
 
     For a given z_t the clean estimate is linear in eps and in v, so guiding z0_hat is the same as guiding eps or v.
-    denoise_cond  (z_t, t) -> conditional z0_hat, used while guidance is off
-    denoise_both  (z_t, t) -> (conditional, unconditional) z0_hat, which can share one batch
+
+    denoise_cond  (z_t, t) -> conditional z0_hat, used where guidance is off
+    denoise_both  (z_t, t) -> pair of conditional and unconditional z0_hat, for example from one batch of both
     scale         1 is off, 0 is unconditional
     interval      guide only while sigma/alpha is in this range (Kynkäänniemi et al. 2024)
-    rescale       0 … 1: move each image's std back toward that of the conditional estimate (Lin et al. 2024, eq. 15 and 16)
+    rescale       0 … 1: how far to move the std of a guided estimate to that of the conditional estimate, per image
+                  (Lin et al. 2024, eq. 15 and 16)
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be in [0, 1] (got {rescale})")
@@ -252,8 +256,8 @@ def guided(
 class Threshold:
     """Clamp z0_hat to [low, high] and count the clamped values without a host sync.
 
-    low and high are numbers or tensors broadcastable to z0_hat, on its device. Values are not rescaled:
-    dynamic thresholding (Imagen) divides by the bound, which would shrink latents.
+    low and high are numbers, or tensors broadcastable to z0_hat on its device. Values inside the range do not change;
+    dynamic thresholding (Imagen) would divide all values by the bound and so shrink the latents.
     """
 
     def __init__(self, low, high):
@@ -273,7 +277,7 @@ class Threshold:
 
 
 def as_threshold(x0_range) -> Callable[[Tensor], Tensor]:
-    """None, a number (±), a pair (low, high) or a Threshold -> a function that clamps z0_hat."""
+    """Return a function that clamps z0_hat to x0_range: None, a number c for [-c, c], a pair (low, high) or a Threshold."""
     if x0_range is None:
         return lambda z0: z0
     if isinstance(x0_range, Threshold):
@@ -284,8 +288,8 @@ def as_threshold(x0_range) -> Callable[[Tensor], Tensor]:
 
 
 def image_generators(seed: int, indices: Sequence[int], device) -> list[torch.Generator]:
-    """One generator per image. Image i depends on (seed, i) alone, never on the batch size or the number of processes."""
-    # Knuth's multiplier spreads consecutive seeds, so that image 1 of seed 0 differs from image 0 of seed 1.
+    """One generator per image. That of image i depends only on seed and i, not on batch size or number of processes."""
+    # The factor (Knuth's hash multiplier) separates consecutive seeds: image 1 of seed 0 must differ from image 0 of seed 1.
     return [torch.Generator(device).manual_seed((seed * 2654435761 + i) % 2**63) for i in indices]
 
 
@@ -297,14 +301,14 @@ def randn(shape, generator: Generators, device) -> Tensor:
         raise ValueError(f"the number of generators must equal the batch size {shape[0]} (got {len(generator)})")
     noise = torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator])
     if torch.device(device).type == "cuda" and not noise.is_cuda:
-        noise = noise.pin_memory()  # makes the copy asynchronous
+        noise = noise.pin_memory()  # only copies from pinned memory are asynchronous
     return noise.to(device, non_blocking=True)
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """Spherical interpolation of two noise tensors (C, h, w): weight 0 is a, 1 is b (Shoemake 1985).
 
-    Unlike linear interpolation it keeps the norm, which is nearly the same for all normal noise of this size.
+    The result has about the norm of normal noise; linear interpolation would reduce the norm.
     """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))

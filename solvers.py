@@ -1,9 +1,10 @@
-"""Solvers for the reverse process. Each one walks explicit timestep pairs (t, s) from noise to clean data and returns z0_hat.
+"""Solvers for the reverse process: from noise z to clean latents z0.
 
     solver(predict, z, schedule, pairs, options) -> z0
 
-`predict(z_t, t) -> z0_hat` is the network with conditioning, guidance and thresholding applied. The last pair has s = -1,
-which stands for clean data. `sampling.sample` builds the arguments. Each function follows the notation of its paper.
+`predict(z_t, t) -> z0_hat` is the network with conditioning, guidance and thresholding applied. `pairs` lists one pair
+(t, s) per step, which goes from timestep t to the less noisy s. The last pair has s = -1, which stands for clean data.
+`sampling.sample` builds the arguments. Each solver follows the notation of its paper.
 """
 
 import math
@@ -18,13 +19,13 @@ from models.schedules import Schedule
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """Options of all solvers; each solver reads those that apply to it."""
+    """Options of all solvers; a solver ignores the options of other solvers."""
 
-    randn: Callable[[], Tensor]  # returns fresh noise of z's shape
-    num_noisy_steps: int  # the first steps may add noise, the remaining ones are deterministic
-    eta: float = 0.0  # ddim: 0 is deterministic, 1 has the posterior variance
-    order: int = 2  # unipc: 1 to 3
-    variance: str = "posterior"  # ancestral: "posterior" or "beta"
+    randn: Callable[[], Tensor]  # returns new standard normal noise in the shape of z
+    num_noisy_steps: int  # number of steps, counted from the first one, that may add noise
+    eta: float = 0.0  # ddim: 0 adds no noise, 1 adds noise with the posterior variance
+    order: int = 2  # unipc: order of the solver, 1 to 3
+    variance: str = "posterior"  # ancestral: variance of the added noise, "posterior" or "beta"
 
 
 def sample_ddim(predict, z, schedule, pairs, options: SolverOptions):
@@ -41,8 +42,8 @@ def sample_ddim(predict, z, schedule, pairs, options: SolverOptions):
 def sample_ancestral(predict, z, schedule, pairs, options: SolverOptions):
     """Ancestral sampling (Ho et al. 2020, Algorithm 2) over arbitrary timestep pairs.
 
-    The mean is the posterior mean (eq. 7), which equals DDIM's with eta = 1. The variance is the posterior variance or
-    beta (§3.2). Deterministic finishing steps are DDIM steps with eta = 0.
+    The mean of a step is the posterior mean (eq. 7), which equals the mean of DDIM with eta = 1. The variance is the
+    posterior variance or beta (§3.2). The steps after num_noisy_steps are DDIM steps with eta = 0.
     """
     for i, (t, s) in enumerate(pairs):  # i = 0 … N-1
         z0 = predict(z, t)
@@ -81,7 +82,7 @@ def sample_heun(predict, z, schedule, pairs, options: SolverOptions):
 
 
 def sample_dpmpp_2m(predict, z, schedule, pairs, options: SolverOptions):
-    """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2): second order from the last two estimates, one evaluation per step."""
+    """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2): second order from the last two clean estimates."""
     previous = None  # (z0, h) of the previous step
     for t, s in pairs:
         z0 = predict(z, t)
@@ -95,8 +96,8 @@ def sample_dpmpp_2m(predict, z, schedule, pairs, options: SolverOptions):
 
 
 def sample_dpmpp_2m_sde(predict, z, schedule, pairs, options: SolverOptions):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 19, second order by the midpoint rule): adds noise in every step except the
-    last clean_finish_steps."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 19, second order by the midpoint rule). It adds noise in the first
+    num_noisy_steps; later steps are those of DPM-Solver++(2M)."""
     previous = None  # (z0, h) of the previous step
     for i, (t, s) in enumerate(pairs):  # i = 0 … N-1
         z0 = predict(z, t)
@@ -117,8 +118,8 @@ def sample_dpmpp_2m_sde(predict, z, schedule, pairs, options: SolverOptions):
 def sample_unipc(predict, z, schedule, pairs, options: SolverOptions):
     """UniPC (Zhao et al. 2023, Algorithms 5 to 8, data prediction, B(h) = e^h - 1).
 
-    Each network evaluation first corrects the last step (UniC) and then predicts the next one (UniP), so the corrector costs
-    no extra evaluations. The first steps have lower order.
+    Each network evaluation is used twice: to correct the previous step (UniC) and to predict the next one (UniP). So the
+    corrector costs no extra evaluations. The first and last steps have a lower order.
     """
     history: list[tuple[float, Tensor]] = []  # (lambda_i, z0_i), oldest first, at most `order` entries
     z_last = None  # z at the timestep of the newest entry in history
@@ -130,7 +131,7 @@ def sample_unipc(predict, z, schedule, pairs, options: SolverOptions):
             z = unipc_step(z_last, schedule, (pairs[i - 1][0], t), history, z0)
         history = [*history, (half_log_snr(schedule, t), z0)][-options.order :]
         z_last = z
-        # Lower the order in the last steps as in the first ones: the last steps are long in log(alpha/sigma).
+        # The last steps also have a lower order, because they are long in log(alpha/sigma).
         max_order = len(pairs) - i if pairs[-1][1] < 0 else options.order
         z = unipc_step(z_last, schedule, (t, s), history[-max_order:])
     return z
@@ -152,7 +153,7 @@ SECOND_ORDER = ("heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 
 
 def ddim_mean(z_t: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int, noise_std: float) -> Tensor:
-    """Mean of z_s given z_t and z0: alpha_s z0 + sqrt(sigma_s² - noise_std²) eps, with eps re-derived from z0 (DDIM eq. 12)."""
+    """Mean of z_s given z_t and z0: alpha_s z0 + sqrt(sigma_s² - noise_std²) eps(z_t, z0) (DDIM eq. 12)."""
     if s < 0:
         return z0  # the last step ends exactly at the clean estimate
     alpha_t, sigma_t = float(schedule.alpha(t)), float(schedule.sigma(t))
@@ -188,7 +189,7 @@ def derivative(z: Tensor, z0: Tensor, schedule: Schedule, t: int) -> Tensor:
 
 
 def euler_step(z: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int) -> Tensor:
-    """z_t (B, C, h, w) and its clean estimate z0 -> z_s (Karras et al. 2022, Algorithm 1, line 7)."""
+    """Euler step from z_t (B, C, h, w) to z_s with the clean estimate z0 (Karras et al. 2022, Algorithm 1, line 7)."""
     if s < 0:
         return z0
     x = z / float(schedule.alpha(t)) + (noise_level(schedule, s) - noise_level(schedule, t)) * derivative(z, z0, schedule, t)
@@ -196,7 +197,7 @@ def euler_step(z: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int) -> Ten
 
 
 def extrapolate(z0: Tensor, previous: tuple[Tensor, float] | None, h: float) -> Tensor:
-    """D_i = (1 + 1/2r) z0_i - 1/2r z0_{i-1} with r = h_{i-1}/h_i; z0_i in the first step."""
+    """D_i = (1 + 1/2r) z0_i - 1/2r z0_{i-1} with r = h_{i-1}/h_i (Lu et al. 2022b, Algorithm 2); z0_i if i = 0."""
     if previous is None:
         return z0
     z0_previous, h_previous = previous
@@ -211,15 +212,16 @@ def unipc_step(
     history: list[tuple[float, Tensor]],
     z0_s: Tensor | None = None,
 ) -> Tensor:
-    """z_t -> z_s from the estimates at t and earlier (UniP). With z0_s, the estimate at s, it is the corrector (UniC).
+    """Step from z_t to z_s with the clean estimates in `history`, the newest of which is at t.
 
-    r_k = (lambda_k - lambda_t) / h are the positions of the other p estimates. The weights a_k solve
+    Without z0_s this is the predictor UniP; with z0_s, the clean estimate at s, it is the corrector UniC. The p estimates
+    other than the one at t have the positions r_k = (lambda_k - lambda_t) / h. Their weights a_k solve
     sum_k a_k r_k^(n-1) = phi_n for n = 1 … p (Zhao et al. 2023, eq. 5 and 10, in the data-prediction form of App. A).
     """
     t, s = pair
     lambda_t, z0 = history[-1]
     h = half_log_snr(schedule, s) - lambda_t
-    # (r_k, D_k / r_k) of the other estimates, with D_k = z0_k - z0
+    # (r_k, D_k / r_k) for all estimates except the one at t, with D_k = z0_k - z0
     nodes = [((node - lambda_t) / h, (estimate - z0) * (h / (node - lambda_t))) for node, estimate in reversed(history[:-1])]
     if z0_s is not None:
         nodes.append((1.0, z0_s - z0))
@@ -232,7 +234,7 @@ def unipc_step(
         rhs.append(phi * math.factorial(n) / b_h)
         phi = phi / -h - 1 / math.factorial(n + 1)
     if len(nodes) == 1:
-        weights = [0.5]  # the solution's limit for small h
+        weights = [0.5]  # limit of the solution for h -> 0
     else:
         r = torch.tensor([r for r, _ in nodes], dtype=torch.float64)
         vandermonde = r[None] ** torch.arange(len(r))[:, None]

@@ -1,7 +1,7 @@
 """Stage 3 of 4: latents -> U-Net.
 
 Train a diffusion U-Net on the scaled latents of encodings.pt. Writes runs/<name>/<diffusion.name>/unet.safetensors (EMA
-weights and the normalizer). Several U-Nets, for example with other schedules, can share one VAE and its encodings. Run the
+weights and the normalizer). Several U-Nets, for example one per noise schedule, can share one VAE and its encodings. Run the
 same command again to resume.
 """
 
@@ -44,8 +44,8 @@ from utils.images import image_grid
 from utils.locks import lock_folder
 from utils.pretrained import initialize, load_pretrained
 
-EVAL_LATENTS = 256  # validation latents per evaluation, each used once per timestep bin
-PREVIEW_STEPS = 20
+EVAL_LATENTS = 256  # validation latents per evaluation; the loss of every timestep bin uses all of them
+PREVIEW_STEPS = 20  # solver steps for the sample grids
 
 
 def train(config: Config, dry_run: bool) -> None:
@@ -55,7 +55,10 @@ def train(config: Config, dry_run: bool) -> None:
     vae, _ = load_vae(config, device)
     encodings = load_encodings(vae, config)
     if changes := encodings.differences(config):
-        raise UserError(f"{encodings_path(config)}: {'; '.join(changes)}: run create_encodings.py, or restore the settings")
+        raise UserError(
+            f"{encodings_path(config)} was made with other settings ({'; '.join(changes)}): run create_encodings.py again, "
+            f"or restore the settings"
+        )
     n, channels, *size = encodings.mean.shape
     schedule = make_schedule(cfg.schedule, cfg.timesteps)
     conditioning = conditioning_settings(config, encodings)
@@ -70,7 +73,7 @@ def train(config: Config, dry_run: bool) -> None:
 
     lock_folder(folder)
     normalizer = encodings.normalizer.to(device)
-    # Encodings of mirrored images follow the others: image i is row i, and its mirror image is row n + i. An epoch contains both.
+    # Image i is row i, and its mirror image, if data.flip is on, is row n + i. An epoch contains both.
     loader = BatchLoader([x for x in (encodings.mean, encodings.mean_flipped) if x is not None], device)
     shuffle = Shuffle(sum(map(len, loader.parts)), config.seed)
     print(f"latents: {loader}")
@@ -89,7 +92,7 @@ def train(config: Config, dry_run: bool) -> None:
     with make_trainer(config, unet, encodings, train_cond, conditioning) as trainer:
         preview = LatentDiffusion(vae, trainer.ema.net, normalizer, schedule, cfg.prediction, dtype=dtype)
         for _ in trainer:
-            # All processes generate the random numbers of the whole batch; each keeps its shard.
+            # Every process generates the random numbers for the whole batch and uses those of its own shard.
             shard = trainer.shard
             rows, next_rows = (
                 shuffle.indices(start, cfg.batch_size)
@@ -116,10 +119,10 @@ def train(config: Config, dry_run: bool) -> None:
             if trainer.is_main and trainer.due(cfg.eval_every):
                 losses = val_losses(trainer, val_z, val_cond, schedule, dtype)
                 mean = sum(losses) / len(losses)
-                # Comparable with train/unweighted_loss; train/loss contains the loss weights.
+                # Compare this value with train/unweighted_loss: train/loss includes the loss weights.
                 trainer.log({"val/unweighted_loss": mean} | {f"val/loss_bin{b}": x for b, x in enumerate(losses)})
                 bins = " ".join(f"{loss:.3f}" for loss in losses)
-                trainer.print(f"unweighted validation loss {mean:.4f}, by timestep bin: {bins}")
+                trainer.print(f"unweighted validation loss {mean:.4f}; by timestep, from low to high noise: {bins}")
                 grid, stats = sample_preview(preview, cfg, trainer.micro_batch, val_cond)
                 trainer.log({f"samples/{name}": stats[name] for name in ("std_ratio", "clamped")})
                 trainer.log_image("samples", grid, f"samples/step_{trainer.steps_done:07d}.png")
@@ -128,7 +131,7 @@ def train(config: Config, dry_run: bool) -> None:
 
 
 def build_unet(cfg: DiffusionConfig, in_channels: int, size: list[int], conditioning: dict | None) -> UNet:
-    """A new U-Net, or the one of diffusion.init_from."""
+    """Build a U-Net: pretrained if diffusion.init_from is set, else with random weights."""
     try:
         if cfg.init_from is not None:
             return pretrained_unet(cfg, in_channels, size, conditioning)
@@ -150,24 +153,30 @@ def build_unet(cfg: DiffusionConfig, in_channels: int, size: list[int], conditio
 
 
 def pretrained_unet(cfg: DiffusionConfig, in_channels: int, size: list[int], conditioning: dict | None) -> UNet:
-    """The U-Net of diffusion.init_from for this dataset. A conditioner that does not fit is initialized randomly."""
+    """Load the U-Net of diffusion.init_from. Conditioner weights that do not fit this dataset are initialized randomly."""
     key, pretrained = "diffusion.init_from", load_pretrained("unet", cfg.init_from, "diffusion.init_from")
     settings, state, metadata = pretrained.settings, pretrained.state, pretrained.metadata
     for name in ("prediction", "schedule"):
         if metadata.get(name, getattr(cfg, name)) != getattr(cfg, name):
-            raise UserError(f"{key}: {cfg.init_from} was trained with diffusion.{name}={metadata[name]}: use the same here")
+            raise UserError(
+                f"diffusion.{name} must be {metadata[name]}, because {key}={cfg.init_from} was trained with it "
+                f"(got {getattr(cfg, name)})"
+            )
     unet = UNet(**settings | dict(conditioning=conditioning, dropout=cfg.dropout))
     expected, actual = [*unet.settings["size"], unet.settings["in_channels"]], [*size, in_channels]
     if expected != actual:
         raise UserError(
             f"{key}: {cfg.init_from} takes latents of {'x'.join(map(str, expected))}, "
-            f"and the encodings are {'x'.join(map(str, actual))}"
+            f"but the encodings contain latents of {'x'.join(map(str, actual))}"
         )
     new = unet.state_dict()
     state = {k: v for k, v in state.items() if not k.startswith("conditioner.") or (k in new and v.shape == new[k].shape)}
     reset = [k for k in new if k.startswith("conditioner.") and k not in state]
     if conditioning != settings["conditioning"]:
-        print(f"note: {key}: the condition differs; initialized randomly: {', '.join(reset) or 'nothing'}")
+        print(
+            f"note: {key}: {cfg.init_from} was trained with another condition; initialized randomly: "
+            f"{', '.join(reset) or 'nothing'}"
+        )
     initialize(unet, state | {k: new[k] for k in reset}, key)
     return unet
 
@@ -192,8 +201,8 @@ def print_plan(config: Config, unet: UNet, encodings: LatentDataset, hardware: s
     attn_resolutions = unet.settings["attn_resolutions"]
     if attn_resolutions and not set(attn_resolutions) & set(unet.resolutions):
         print(
-            f"note: diffusion.attn_resolutions {attn_resolutions} matches none of the U-Net's resolutions, "
-            f"{', '.join(map(str, unet.resolutions))}: only the bottleneck has self-attention"
+            f"note: diffusion.attn_resolutions={attn_resolutions} contains none of the U-Net's resolutions "
+            f"({', '.join(map(str, unet.resolutions))}): only the bottleneck has self-attention"
         )
 
 
@@ -238,7 +247,7 @@ def sample_timesteps(cfg: DiffusionConfig, n: int, device: torch.device) -> Tens
 def diffusion_loss(
     unet: UNet, z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule, prediction: str, cond: Cond = ()
 ) -> Tensor:
-    """Mean squared error of the prediction per latent, (B,), unweighted (Ho et al. 2020, eq. 14)."""
+    """Unweighted mean squared error of the network's prediction, one value per latent (B,) (Ho et al. 2020, eq. 14)."""
     z_t = schedule.add_noise(z, eps, t).contiguous(memory_format=torch.channels_last)
     error = unet(z_t, t, cond) - target(prediction, z, eps, *schedule.coefficients(t))
     return error.square().mean(dim=(1, 2, 3))
@@ -246,7 +255,7 @@ def diffusion_loss(
 
 @torch.no_grad()
 def val_losses(trainer: Trainer, z: Tensor, cond: Cond, schedule: Schedule, dtype: torch.dtype) -> list[float]:
-    """Unweighted loss per timestep bin, with the same noise and timesteps in every call."""
+    """Unweighted validation loss of each timestep bin. Every call uses the same noise and timesteps."""
     unet, generator, losses = trainer.ema.net, torch.Generator().manual_seed(0), []
     for first, last in schedule.bins():
         t = torch.linspace(first, last, len(z)).round().long().to(z.device)
@@ -262,7 +271,7 @@ def val_losses(trainer: Trainer, z: Tensor, cond: Cond, schedule: Schedule, dtyp
 
 
 def sample_preview(model: LatentDiffusion, cfg: DiffusionConfig, batch_size: int, cond: Cond) -> tuple[Image, dict]:
-    """A grid of samples from fixed noise, under validation conditions without guidance, and statistics of their latents."""
+    """Sample from fixed noise with validation conditions and no guidance. Return an image grid and latent statistics."""
     steps = min(PREVIEW_STEPS, cfg.timesteps)
     settings = SamplingConfig(sampler="unipc", steps=steps, cols=1, batch_size=batch_size)
     spec = OutputSpec(cfg.sample_images, keep_pixels=cfg.sample_images)

@@ -1,13 +1,13 @@
 """Stage 1 of 4: images -> VAE.
 
-Train a VAE on the images of config.data with a reconstruction, perceptual and KL loss, optionally with a discriminator.
+Train a VAE on the images of config.data with a reconstruction, perceptual and KL loss, and optionally an adversarial loss.
 Writes runs/<name>/vae/vae.safetensors (EMA weights). Run the same command again to resume.
 """
 
 from utils import cli
 
 if __name__ == "__main__":
-    cli.handle_help(__doc__)  # before torch is imported, which takes seconds
+    cli.handle_help(__doc__)  # --help must not wait for the import of torch, which takes seconds
 
 import math
 
@@ -46,7 +46,7 @@ from utils.locks import lock_folder
 from utils.pretrained import initialize, load_pretrained
 
 EVAL_IMAGES = 512  # validation images per evaluation
-GRID_IMAGES = 32
+GRID_IMAGES = 32  # images in reconstructions.png
 
 
 def train(config: Config, dry_run: bool) -> None:
@@ -83,7 +83,7 @@ def train(config: Config, dry_run: bool) -> None:
 
     with make_trainer(config, vae, discriminator, images) as trainer:
         for step in trainer:
-            # All processes generate the random numbers of the whole batch; each keeps its shard.
+            # Every process generates the random numbers for the whole batch and uses those of its own shard.
             shard = trainer.shard
             rows, next_rows = (
                 train_rows[shuffle.indices(start, cfg.batch_size)][shard]
@@ -121,12 +121,12 @@ def train(config: Config, dry_run: bool) -> None:
             trainer.step(forward_backward)
             if trainer.is_main and trainer.due(cfg.eval_every):
                 log_evaluation(trainer, loader, images, perceptual, dtype)
-        if trainer.is_main and cfg.steps == 0:  # pretrained weights
+        if trainer.is_main and cfg.steps == 0:  # without training, evaluate the pretrained weights
             log_evaluation(trainer, loader, images, perceptual, dtype)
 
 
 def build_vae(config: Config) -> VAE:
-    """A new VAE, or the one of vae.init_from."""
+    """Build a VAE: pretrained if vae.init_from is set, else with random weights."""
     cfg, data = config.vae, config.data
     if cfg.init_from is not None:
         pretrained = load_pretrained("vae", cfg.init_from, "vae.init_from")
@@ -134,7 +134,8 @@ def build_vae(config: Config) -> VAE:
         initialize(vae, pretrained.state, "vae.init_from")
         if vae.in_channels != data.channels:
             raise UserError(
-                f"data.channels must be {vae.in_channels}, the image channels of {cfg.init_from} (got {data.channels})"
+                f"data.channels must be {vae.in_channels}, the number of image channels of {cfg.init_from} "
+                f"(got {data.channels})"
             )
         if any(side % vae.downsampling for side in data.size):
             raise UserError(
@@ -177,22 +178,22 @@ def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Mod
 
 
 def few_val_images(config: Config, index: DatasetIndex) -> str:
-    """A note if evaluate.py will refuse the validation split, which cannot be changed after training; else ""."""
+    """Return a note if evaluate.py needs more validation images, else "". The split is fixed once training has started."""
     num_val, num_images = index.num_images(VAL) + index.num_images(TEST), len(index.split)
     if num_val >= MIN_VAL_IMAGES:
         return ""
     fraction = math.ceil(1000 * MIN_VAL_IMAGES / num_images) / 1000
-    own_split = index.source.split is not None and (index.source.split == VAL).any()
-    remedy = "add images" if own_split or fraction >= 0.5 else f"set data.val_fraction={fraction:g}"
-    return f"note: evaluate.py needs {MIN_VAL_IMAGES} validation images (got {num_val}): {remedy} before training"
+    source_has_val_split = index.source.split is not None and (index.source.split == VAL).any()
+    remedy = "add images" if source_has_val_split or fraction >= 0.5 else f"set data.val_fraction={fraction:g}"
+    return f"note: evaluate.py needs at least {MIN_VAL_IMAGES} validation images (got {num_val}): {remedy} before training"
 
 
 def compile_for_training(setting, device, vae: VAE, perceptual: nn.Module | None, discriminator: nn.Module | None) -> None:
     if discriminator is None:
         compile_networks(setting, device, vae, *([perceptual] if perceptual else []))
         return
-    # The adaptive weight needs two gradients with respect to the decoder's last layer. In one compiled graph each of them would
-    # backpropagate to the input, and the first would free buffers that the second needs. So the last layers stay eager.
+    # adaptive_weight() computes two gradients at the decoder's last layer. Inside a compiled graph, the first one would run
+    # the whole backward pass and free buffers that the second one needs. So the last two layers are not compiled.
     compile_networks(setting, device, *vae.encoder, *vae.decoder[:-2])
 
 
@@ -231,7 +232,7 @@ def log_evaluation(
 def evaluate(
     trainer: Trainer, loader: BatchLoader, images: Images, perceptual: nn.Module | None, dtype: torch.dtype
 ) -> tuple[dict[str, float], Image]:
-    """Reconstruction metrics of validation images from the posterior mean, and a grid of originals and reconstructions."""
+    """Reconstruct validation images from posterior means. Return metrics and a grid of originals and reconstructions."""
     vae, cfg, device = trainer.ema.net, trainer.cfg, loader.device
     rows = torch.from_numpy(images.rows(VAL, EVAL_IMAGES))
     totals: dict[str, float] = {}
@@ -251,7 +252,8 @@ def evaluate(
             nats_per_dim=posterior.kl().mean(),
         )
         if perceptual is not None:
-            metrics["perceptual"] = perceptual.forward(x, y).mean()  # forward: not the version compiled for training
+            # .forward bypasses the compiled version, which is for training.
+            metrics["perceptual"] = perceptual.forward(x, y).mean()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * len(x)
         if sum(map(len, originals)) < GRID_IMAGES:

@@ -1,7 +1,7 @@
-"""Conditioners: labels or captions -> an embedding added to the timestep embedding, and tokens for cross-attention.
+"""Conditioners: modules that embed labels or captions for the U-Net.
 
-A condition is a tuple of tensors with one row per image. Only the conditioner interprets it. It also defines the null
-condition for classifier-free guidance.
+The input of a conditioner is a condition: a tuple of tensors with one row per image, such as label indices or word ids. Only
+the conditioner knows what the tensors mean. It also defines the null condition for classifier-free guidance.
 """
 
 import unicodedata
@@ -29,11 +29,11 @@ class Condition:
 class Conditioner(nn.Module):
     """Base class: forward(*cond) -> Condition."""
 
-    token_dim: int | None = None  # None: no tokens
+    token_dim: int | None = None  # channels of a token; None: this conditioner returns no tokens
     trains_null_condition = False  # True if `drop` returns null conditions even with prob = 0
 
     def null_like(self, cond: Cond) -> Cond:
-        """Null condition in the shape of `cond`."""
+        """Return the null condition, repeated to the shape of `cond`."""
         raise NotImplementedError
 
     def drop(self, cond: Cond, prob: float) -> Cond:
@@ -45,10 +45,10 @@ class Conditioner(nn.Module):
 
 
 class LabelEmbedder(Conditioner):
-    """Sum of label embeddings. Labels are (B, K) int64, one column per label name (class, hair, …). A column with n
-    values has the entries 0 … n-1, and n is its null label.
+    """Sum of label embeddings. Labels are (B, K) int64, one column per label name (class, hair, …).
 
-    With several columns, `drop` also omits a random subset of each image's labels.
+    A label with n possible values has the indices 0 … n-1 and the null index n. With several columns, `drop` also sets a
+    random subset of each image's labels to null.
     """
 
     def __init__(self, names: dict[str, list[str]], emb_dim: int):
@@ -82,8 +82,8 @@ class LabelEmbedder(Conditioner):
 class WordEncoder(Conditioner):
     """Transformer on word ids (B, L) int64, trained with the U-Net. The null condition is the empty caption.
 
-    `emb` is a projection of the mean output token, plus a learned vector for each word and for each pair of adjacent words
-    in `pairs`, such as "red shirt" (bag of n-grams: Joulin et al. 2017, §2).
+    `emb` is a projection of the mean output token, plus a learned vector for each word and each pair of adjacent words (bag
+    of n-grams: Joulin et al. 2017, §2). A pair in `pairs`, such as "red shirt", has its own vector. Other pairs share one.
     """
 
     PADDING, START, UNKNOWN, FIRST_WORD = 0, 1, 2, 3
@@ -107,7 +107,7 @@ class WordEncoder(Conditioner):
         self.blocks = nn.ModuleList(EncoderBlock(width, num_heads(width, 64)) for _ in range(layers))
         self.norm, self.to_emb = nn.LayerNorm(width), nn.Linear(width, emb_dim)
         nn.init.normal_(self.table.weight, std=0.1)
-        # Rows: tokens, pairs, one for all other pairs.
+        # One row per token id, one row per pair in `pairs`, and one row that all other pairs share.
         self.ngram_table = zero_init(nn.Embedding(self.num_tokens + len(pairs) + 1, emb_dim))
         keys = [self._pair_key(*(self.word_to_id[word] for word in pair.split())) for pair in pairs]
         keys.append(self.num_tokens**2)  # larger than any key, so that searchsorted stays in range
@@ -131,10 +131,10 @@ class WordEncoder(Conditioner):
         return first * self.num_tokens + second
 
     def _pair_rows(self, token_ids: Tensor) -> Tensor:
-        """Row of ngram_table for each pair of adjacent tokens, (B, L) -> (B, L - 1)."""
+        """Rows of ngram_table for the pairs of adjacent tokens, (B, L) -> (B, L - 1)."""
         keys = self._pair_key(token_ids[:, :-1], token_ids[:, 1:])
-        places = torch.searchsorted(self.pair_keys, keys)
-        return torch.where(self.pair_keys[places] == keys, self.pair_rows[places], self.ngram_table.num_embeddings - 1)
+        index = torch.searchsorted(self.pair_keys, keys)
+        return torch.where(self.pair_keys[index] == keys, self.pair_rows[index], self.ngram_table.num_embeddings - 1)
 
     def null_like(self, cond: Cond) -> Cond:
         null = torch.full_like(cond[0], self.PADDING)
@@ -142,7 +142,7 @@ class WordEncoder(Conditioner):
         return (null,)
 
     def encode(self, captions: list[str]) -> tuple[Tensor, set[str]]:
-        """Return token ids (B, 1 + max_words), truncated or padded, and the unknown words."""
+        """Return token ids (B, 1 + max_words) of the captions, truncated or padded, and the words not in the vocabulary."""
         token_ids, unknown_words = torch.full((len(captions), 1 + self.max_words), self.PADDING), set()
         for i, caption in enumerate(captions):
             words = split_words(caption)
@@ -153,11 +153,11 @@ class WordEncoder(Conditioner):
 
 
 class TextEmbedder(Conditioner):
-    """Embeddings of a frozen text encoder (B, L, token_dim) and their mask (B, L).
+    """Conditioner on token embeddings (B, L, token_dim) of a frozen text encoder and their mask (B, L).
 
-    `emb` is a projection of the last unmasked token (pooling="last": CLIP's summary of the caption) or of the mean over
-    unmasked tokens ("mean": BERT, T5). The null condition is the embedding of the empty caption, which the training script
-    writes to `null_tokens`.
+    `emb` is a projection of one vector per caption. pooling="last" takes the last unmasked token, which summarizes the
+    caption in CLIP. pooling="mean" takes the mean over unmasked tokens, for BERT and T5. The null condition is the embedding
+    of the empty caption, which train_diffusion.py writes to `null_tokens`.
     """
 
     def __init__(
@@ -183,9 +183,10 @@ class TextEmbedder(Conditioner):
         return tokens, mask
 
 
-# Scripts without spaces between words: each character with its combining marks (a grapheme) is a word.
+# In scripts without spaces between words, each grapheme (a character with its combining marks) is a word.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-# In scripts with spaces, a word contains vowel signs (Mn, Mc) and joiners, but no variation selectors, which follow emoji.
+# In other scripts, a word is a run of letters, digits, vowel signs (Mn, Mc) and joiners. Variation selectors, which follow
+# emoji, are in Mn but not part of words.
 LETTERS = rf"[[\p{{L}}\p{{N}}]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{Mn}}\p{{Mc}}\u200c\u200d]--[{UNSPACED}\uFE00-\uFE0F]]*"
 WORD = regex.compile(rf"(?=[[{UNSPACED}]&&[\p{{L}}\p{{N}}]])\X\p{{M}}*|{LETTERS}(?:'{LETTERS})?", regex.V1)
 
@@ -199,6 +200,6 @@ CONDITIONERS = {"labels": LabelEmbedder, "words": WordEncoder, "text": TextEmbed
 
 
 def make_conditioner(settings: dict, emb_dim: int) -> Conditioner:
-    """Build a conditioner from {"kind": …, and the arguments of that class except emb_dim}."""
+    """Build a conditioner. settings["kind"] selects the class; all other settings are its arguments, except emb_dim."""
     arguments = {name: value for name, value in settings.items() if name != "kind"}
     return CONDITIONERS[settings["kind"]](**arguments, emb_dim=emb_dim)

@@ -1,7 +1,7 @@
-"""Conversion of UNet and VAE to and from UNet2DModel and AutoencoderKL of diffusers: constructor arguments and state dicts.
+"""Convert our UNet to and from diffusers' UNet2DModel, and our VAE to and from AutoencoderKL: arguments and state dicts.
 
-Both networks compute the same functions as their counterparts, so weights are only renamed, and q, k, v joined to one
-tensor. Raises ValueError for architectures that have no counterpart.
+Each network computes the same function as its counterpart in diffusers. So conversion only renames tensors, and joins or
+splits q, k and v, which are one tensor here. Functions raise ValueError for architectures without a counterpart.
 """
 
 from typing import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.layers import height_width, num_heads, num_norm_groups
 
-# Submodules of residual blocks, attention, down- and upsampling whose name in diffusers differs.
+# Submodules of our layers (models/layers.py) -> their names in diffusers, if different.
 SUBMODULES = {"modulation": "time_emb_proj", "skip": "conv_shortcut", "norm": "group_norm", "out": "to_out.0"}
 QKV = ("to_q", "to_k", "to_v")
 
@@ -52,13 +52,13 @@ def unet_config(settings: dict) -> dict:
 
 
 def _sample_size(size: int | Sequence[int]) -> int | list[int]:
-    """One number for a square, as diffusers' LDMPipeline requires, else [height, width]."""
+    """Return one number for a square, as diffusers' LDMPipeline requires, else [height, width]."""
     height, width = height_width(size)
     return height if height == width else [height, width]
 
 
 def _head_dim(settings: dict, has_attention: list[bool]) -> int | None:
-    """Channels per head, which diffusers takes as one number; None: one head everywhere."""
+    """Channels per attention head, one number for all levels as diffusers requires; None: one head in every layer."""
     channels, head_channels = settings["channels"], settings["head_channels"]
     attended = [ch for ch, attn in zip(channels, has_attention) if attn] + [channels[-1]]
     heads = [num_heads(ch, head_channels) for ch in attended]
@@ -68,13 +68,13 @@ def _head_dim(settings: dict, has_attention: list[bool]) -> int | None:
     if set(heads) == {1}:
         return None
     raise ValueError(
-        f"diffusion.head_channels={head_channels} gives heads of {', '.join(map(str, sorted(dims)))} channels, and diffusers "
-        f"has one size: choose a number that divides {', '.join(map(str, sorted(set(attended))))}"
+        f"diffusion.head_channels={head_channels} gives attention heads of {' and '.join(map(str, sorted(dims)))} channels, "
+        f"but diffusers allows only one size: choose a number that divides {', '.join(map(str, sorted(set(attended))))}"
     )
 
 
 def unet_settings(config: dict) -> dict:
-    """Arguments of UNet2DModel (config.json) -> UNet.settings. Class embeddings get the names 0, 1, …; the last row is null."""
+    """Arguments of UNet2DModel (config.json) -> UNet.settings. Classes are named 0, 1, …; the last one is the null label."""
     expected = dict(
         resnet_time_scale_shift="scale_shift",
         time_embedding_type="positional",
@@ -93,7 +93,7 @@ def unet_settings(config: dict) -> dict:
     _require(config, expected)
     for block in (*config["down_block_types"], *config["up_block_types"]):
         if block not in ("DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"):
-            raise ValueError(f"block type {block} has no counterpart here")
+            raise ValueError(f"block type {block} has no counterpart in nanoLDM's UNet")
     has_attention = [block == "AttnDownBlock2D" for block in config["down_block_types"]]
     num_classes = config.get("num_class_embeds")
     names = {"class": [str(i) for i in range(num_classes - 1)]} if num_classes else None
@@ -111,7 +111,7 @@ def unet_settings(config: dict) -> dict:
         bottleneck_blocks=4,
     )
     if _head_dim(settings, has_attention) != config["attention_head_dim"]:
-        raise ValueError(f"attention_head_dim {config['attention_head_dim']} has no counterpart here")
+        raise ValueError(f"attention_head_dim {config['attention_head_dim']} has no counterpart in nanoLDM's UNet")
     return settings
 
 
@@ -182,7 +182,7 @@ def _require(config: dict, expected: dict) -> None:
 
 
 def unet_modules(settings: dict) -> dict[str, str]:
-    """Module names of UNet -> UNet2DModel."""
+    """Map the names of UNet's modules to those of UNet2DModel."""
     blocks, levels, size = settings["num_res_blocks"], len(settings["channels"]), max(settings["size"])
     has_attention = [size >> level in settings["attn_resolutions"] for level in range(levels)]
     names = {
@@ -216,7 +216,7 @@ def unet_modules(settings: dict) -> dict[str, str]:
 
 
 def vae_modules(settings: dict) -> dict[str, str]:
-    """Module names of VAE -> AutoencoderKL."""
+    """Map the names of VAE's modules to those of AutoencoderKL."""
     blocks, levels, attention = settings["num_res_blocks"], len(settings["channels"]), settings["attention"]
     names = {"encoder.1": "encoder.conv_in", "quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for level in range(levels):
@@ -258,7 +258,7 @@ def to_diffusers(state: dict[str, Tensor], modules: dict[str, str]) -> dict[str,
 
 
 def from_diffusers(state: dict[str, Tensor], keys: list[str], modules: dict[str, str]) -> dict[str, Tensor]:
-    """Inverse of to_diffusers(); `keys` are those of our network. Raises ValueError for missing and for unused tensors."""
+    """Inverse of to_diffusers(). `keys` are those of our state dict. Raises ValueError for missing or unexpected tensors."""
     names = {key: _names(key, modules) for key in keys}
     wanted = {name for group in names.values() for name in group}
     different = sorted(wanted ^ state.keys())
@@ -272,7 +272,7 @@ def from_diffusers(state: dict[str, Tensor], keys: list[str], modules: dict[str,
 
 
 def _names(key: str, modules: dict[str, str]) -> list[str]:
-    """Names in diffusers of one of our tensors: one, or three for q, k, v."""
+    """Names in diffusers for the tensor `key` of our network: three names (q, k, v) for qkv, else one."""
     prefix = next(name for name in modules if key.startswith(name + "."))
     *submodule, tensor = key.removeprefix(prefix + ".").split(".")
     if submodule == ["qkv"]:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from models.layers import group_norm, num_norm_groups
 
-MAX_ADAPTIVE_WEIGHT = 1e4  # as in the VQGAN code, for a vanishing adversarial gradient
+MAX_ADAPTIVE_WEIGHT = 1e4  # limit for a vanishing adversarial gradient, as in the VQGAN code
 
 
 class PatchDiscriminator(nn.Module):
@@ -31,7 +31,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def generator_loss(logits: Tensor) -> Tensor:
-    """Generator loss per image, (B,)."""
+    """Adversarial loss of the generator per image, (B,)."""
     return -logits.mean(dim=(1, 2, 3))
 
 
@@ -41,7 +41,10 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """Detached ratio of the two losses' gradient norms at the decoder's last layer (eq. 7). Retains the graphs."""
+    """Ratio of the losses' gradient norms at the decoder's last layer, reconstruction / adversarial (eq. 7).
+
+    The result is detached. The autograd graphs of the losses are retained.
+    """
     reconstruction_norm, adversarial_norm = (
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
         for loss in (reconstruction_loss, adversarial_loss)

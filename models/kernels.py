@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_UNFUSED_TOKENS = 256  # number of keys up to which attention on CPUs uses plain matrix products
+MAX_UNFUSED_TOKENS = 256  # bf16 attention on CPUs uses plain matrix products for at most this many keys
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in the dtype of its weights (float32), output in the dtype of its input.
+    """GroupNorm that computes in the dtype of its weights (float32) and returns the dtype of its input.
 
-    CPU: 1.4 times faster VAE training step than with PyTorch's bf16 channels_last kernel. CUDA: the kernel does not support
-    channels_last, so the dtype conversions also change the memory format.
+    On CPUs, the VAE training step is 1.4 times faster than with PyTorch's bf16 channels_last kernel. On CUDA, PyTorch's
+    kernel does not support channels_last, so the two dtype conversions also change the memory format.
     """
 
     def forward(self, x: Tensor) -> Tensor:

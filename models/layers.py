@@ -12,17 +12,17 @@ from models.kernels import GroupNorm, scaled_dot_product_attention
 
 
 def num_norm_groups(channels: list[int]) -> int:
-    """GroupNorm groups of a network, one number for all its layers, as diffusers requires.
+    """Number of GroupNorm groups in all layers of a network with these channels per level; diffusers requires one number.
 
-    The largest number up to 32 that divides every width and leaves at least 4 channels per group. Smaller groups would remove
-    contrast between channels.
+    It is the largest number up to 32 that divides the channels of every level and leaves at least 4 channels per group.
+    Smaller groups would remove contrast between channels.
     """
     limit = min(32, max(1, min(channels) // 4))
     return max(groups for groups in range(1, limit + 1) if math.gcd(*channels) % groups == 0)
 
 
 def height_width(size: int | Sequence[int]) -> list[int]:
-    """[height, width] of a size that is one number for a square, or a pair."""
+    """Return [height, width] for a size that is one number (a square) or a pair."""
     return [size, size] if isinstance(size, int) else list(size)
 
 
@@ -52,7 +52,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 def num_heads(channels: int, head_channels: int) -> int:
-    """Largest number of heads that divides channels into heads of at least head_channels."""
+    """Largest number of heads that divides channels and leaves at least head_channels channels per head, but at least 1."""
     heads = max(1, channels // head_channels)
     while channels % heads:
         heads -= 1
@@ -60,7 +60,7 @@ def num_heads(channels: int, head_channels: int) -> int:
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block; emb_dim > 0 adds AdaGN (Dhariwal & Nichol 2021, §3) on an embedding (B, emb_dim)."""
+    """Pre-activation residual block. If emb_dim > 0, emb (B, emb_dim) modulates it by AdaGN (Dhariwal & Nichol 2021, §3)."""
 
     def __init__(self, c_in: int, c_out: int, *, groups: int, emb_dim: int = 0, dropout: float = 0.0):
         super().__init__()
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Residual cross-attention from positions to tokens (Rombach et al. 2022, §3.3)."""
+    """Residual cross-attention, in which the H·W positions attend to tokens (Rombach et al. 2022, §3.3)."""
 
     def __init__(self, channels: int, token_dim: int, *, head_channels: int, groups: int):
         super().__init__()
@@ -119,7 +119,7 @@ class CrossAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Strided convolution. symmetric_padding=False pads the right and bottom only, as AutoencoderKL does."""
+    """Strided convolution. symmetric_padding=False pads only right and bottom, as diffusers' AutoencoderKL does."""
 
     def __init__(self, channels: int, symmetric_padding: bool = True):
         super().__init__()

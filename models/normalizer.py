@@ -6,10 +6,10 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-RANGE_QUANTILES = (0.0005, 0.9995)  # per channel
-RANGE_WIDENING = 1.1
-MAX_QUANTILE_VALUES = 2_000_000  # enough for the estimate; sorting is slow
-ROWS_AT_A_TIME = 4096  # of the latents
+RANGE_QUANTILES = (0.0005, 0.9995)  # of the values of a channel; they define Normalizer.low and high
+RANGE_WIDENING = 1.1  # factor by which Normalizer.range() widens [low, high]
+MAX_QUANTILE_VALUES = 2_000_000  # quantiles are estimated from about this many values, because sorting is slow
+ROWS_AT_A_TIME = 4096  # latents that are read at a time to compute moments
 
 
 @dataclass
@@ -21,12 +21,12 @@ class Normalizer:
     mean: Tensor
     std: Tensor
     kurtosis: Tensor  # excess: 0 for a Gaussian
-    low: Tensor  # RANGE_QUANTILES of z
+    low: Tensor  # low and high: RANGE_QUANTILES of z
     high: Tensor
 
     @classmethod
     def measure(cls, latents: Tensor, kind: str) -> "Normalizer":
-        """Fit to VAE means (N, C, h, w). Raises ValueError for a channel without variance.
+        """Fit to posterior means (N, C, h, w) of the VAE. Raises ValueError for a channel without variance.
 
         global       shift 0, scale 1/std of all values (as in LDM)
         per_channel  zero mean and unit std in each channel
@@ -56,7 +56,7 @@ class Normalizer:
         return cls(**{name: value.float().contiguous() for name, value in values.items()})
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """VAE means (B, C, h, w) of any float dtype -> z, float32."""
+        """Posterior means (B, C, h, w) of any float dtype -> z, float32."""
         return (latents.float() - _as_map(self.shift)) * _as_map(self.scale)
 
     def denormalize(self, z: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ def _as_map(values: Tensor) -> Tensor:
 
 
 def _moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and excess kurtosis per channel of (N, C, h, w), (C,) float64 each.
+    """Mean, variance and excess kurtosis of each channel of latents (N, C, h, w), (C,) float64 each.
 
-    A few rows at a time: the latents of a large dataset are memory-mapped and do not fit in memory.
+    Rows are read in blocks, because the latents of a large dataset are memory-mapped and do not fit in memory.
     """
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -105,9 +105,9 @@ def _moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantiles(latents: Tensor, channel: int) -> Tensor:
-    """RANGE_QUANTILES of a channel of (N, C, h, w), (2,) float64, from at most about MAX_QUANTILE_VALUES values."""
+    """RANGE_QUANTILES (2,) float64 of one channel of latents (N, C, h, w), estimated from a regular subset of its values."""
     n, _, height, width = latents.shape
-    stride = n * height * width // MAX_QUANTILE_VALUES | 1  # odd: an even stride would skip columns of the latents
+    stride = n * height * width // MAX_QUANTILE_VALUES | 1  # odd, because an even stride would skip whole columns of latents
     index = torch.arange(0, n * height * width, stride)
     ordered = latents[index // (height * width), channel, index // width % height, index % width].double().sort().values
     return torch.stack([ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in RANGE_QUANTILES])

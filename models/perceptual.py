@@ -1,4 +1,4 @@
-"""Perceptual distances between images (B, C, H, W) in [-1, 1], one value per image: (B,). Networks see to_rgb(images)."""
+"""Perceptual distances between images (B, C, H, W) in [-1, 1], one value per image (B,). to_rgb() is applied first."""
 
 import hashlib
 from pathlib import Path
@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-VGG19_LAYERS = (3, 8, 11)  # features[i]: relu1_2, relu2_2, relu3_1
+VGG19_LAYERS = (3, 8, 11)  # indices of relu1_2, relu2_2 and relu3_1 in torchvision's vgg19.features
 
 
 def find_weights(net: str, weights: str | None) -> Path:
-    """Return `weights` if given, else torchvision's file, downloading it if needed. Raises FileNotFoundError."""
+    """Return the weights file of the backbone `net`: `weights` if given, else torchvision's file, downloaded if needed.
+
+    Raises FileNotFoundError.
+    """
     if weights is not None:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"vae.perceptual.weights: {weights} is not a file")
@@ -25,17 +28,17 @@ def find_weights(net: str, weights: str | None) -> Path:
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
-        except Exception as error:  # no network, wrong file from a proxy, full disk: same remedies
+        except Exception as error:  # no network, a wrong file from a proxy, or a full disk
             raise FileNotFoundError(
-                f"vae.perceptual.net={net}: weights are not in torchvision's cache and cannot be downloaded ({error}): "
-                f"put {url} at {cached}, or set vae.perceptual.weights=FILE to a local copy, "
-                f"or train without them (vae.perceptual.net=none)"
+                f"vae.perceptual.net={net}: the weights are not in torchvision's cache and cannot be downloaded ({error}): "
+                f"save {url} as {cached}, or set vae.perceptual.weights=FILE to a local copy, "
+                f"or train without a perceptual loss (vae.perceptual.net=none)"
             ) from None
     return cached
 
 
 def make_perceptual(net: str, weights: Path) -> nn.Module:
-    """Build a frozen distance, with a printable `title`. Raises ValueError if the file does not hold that backbone."""
+    """Build a frozen perceptual distance with a printable `title`. Raises ValueError if the file has no weights of `net`."""
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         distance = VGG19Distance(state) if net == "vgg19" else LPIPS(net, state, official=_is_torchvision_file(weights))
@@ -45,7 +48,7 @@ def make_perceptual(net: str, weights: Path) -> nn.Module:
 
 
 def _is_torchvision_file(weights: Path) -> bool:
-    """Whether the file is one of torchvision's LPIPS backbones, whose names contain the first digits of their SHA-256."""
+    """Return whether the file is an LPIPS backbone of torchvision. Their names contain the first digits of their SHA-256."""
     import torchvision.models as zoo
 
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -68,8 +71,8 @@ def to_rgb(images: Tensor) -> Tensor:
 class LPIPS(nn.Module):
     """LPIPS v0.1 of the `lpips` package, with a backbone from a torchvision state dict.
 
-    The linear heads fit torchvision's own weights only (official=True). Other weights use the plain feature distance, and
-    the title states that.
+    The package's linear heads were trained for torchvision's own weights (official=True). For other weights, the distance
+    has no heads, and the title says that it is not LPIPS.
     """
 
     def __init__(self, net: str, state: dict[str, Tensor], official: bool):
@@ -78,15 +81,15 @@ class LPIPS(nn.Module):
 
         self.title = f"LPIPS ({net})" if official else f"{net} distance (not LPIPS: weights are not torchvision's)"
         self.metric = lpips.LPIPS(net=net, pnet_rand=True, lpips=official, verbose=False)
-        # 1x1 convolutions, or plain sums over channels
+        # One head per layer: a 1x1 convolution of LPIPS, or a sum over channels.
         self.heads = self.metric.lins if official else [lambda d: d.sum(dim=1, keepdim=True)] * self.metric.L
         backbone = self.metric.net
-        # The package splits features into slice1 … sliceN but keeps torchvision's layer numbers.
+        # Layer i is features.i in torchvision and slice<k>.i in the package.
         source_names = {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}
         backbone.load_state_dict({name: state[source] for name, source in source_names.items()})
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        # As in the package, except for unit_length(): its division by |x| has no gradient at zero.
+        # Same as the package's forward, except for unit_length(): the package's version has no finite gradient at zero.
         metric, total = self.metric, 0.0
         for features_a, features_b, head in zip(*(metric.net(metric.scaling_layer(to_rgb(x))) for x in (a, b)), self.heads):
             total = total + head((unit_length(features_a) - unit_length(features_b)).square()).mean(dim=(1, 2, 3))

@@ -3,7 +3,7 @@
     z_t = alpha_t z + sigma_t eps    z: clean scaled latent, about unit variance; eps ~ N(0, 1)
     t = 0 … T-1                      larger is noisier; t = -1 is clean data
     alphas_cumprod[t] = alpha_t²     "alpha bar" in the papers
-    sigma_t² = 1 - alpha_t²          variance preserving (all except flow, with sigma_t = 1 - alpha_t)
+    sigma_t² = 1 - alpha_t²          for variance-preserving schedules; flow has sigma_t = 1 - alpha_t
 
 Tables are float64; `coefficients` returns float32.
 """
@@ -15,12 +15,13 @@ from torch import Tensor
 
 SCHEDULES = ("linear", "cosine", "scaled_linear", "flow")
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, §3.2: avoids a singularity in the last cosine steps
-# Default largest sigma/alpha in sampling. It multiplies errors in eps, and reaches 20,000 for cosine and infinity for flow.
+# Sampling starts at the noisiest timestep with sigma/alpha up to this default. z0_hat multiplies errors in eps by
+# sigma/alpha, which reaches 20,000 for cosine and infinity for flow.
 COSINE_SIGMA_MAX, FLOW_SIGMA_MAX = 70.0, 1000.0
 
 
 class Schedule:
-    """Tables of alpha and sigma, (T,) each. sigma_max: default for the largest sigma/alpha to start sampling from."""
+    """Tables of alpha and sigma, (T,) each. sigma_max is the default limit of sigma/alpha at the start of sampling."""
 
     def __init__(self, name: str, alphas: Tensor, sigmas: Tensor, sigma_max: float = math.inf):
         self.name, self.sigma_max = name, sigma_max
@@ -33,7 +34,7 @@ class Schedule:
 
     @classmethod
     def from_betas(cls, name: str, betas: Tensor, sigma_max: float = math.inf) -> "Schedule":
-        """Variance preserving, alphas_cumprod = prod (1 - beta) (Ho et al. 2020, eq. 4)."""
+        """Variance-preserving schedule with alphas_cumprod = cumprod(1 - beta) (Ho et al. 2020, eq. 4)."""
         alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0)
         return cls(name, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), sigma_max)
 
@@ -51,7 +52,7 @@ class Schedule:
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for timesteps (B,): float32 (B, 1, 1, 1) on t's device."""
-        if t.device not in self._float32_tables:  # a copy per step would force a host sync
+        if t.device not in self._float32_tables:  # cached, because a copy to the device in every step would force a sync
             self._float32_tables[t.device] = self._alpha.float().to(t.device), self._sigma.float().to(t.device)
         alpha, sigma = (table[t][:, None, None, None] for table in self._float32_tables[t.device])
         return alpha, sigma
@@ -62,7 +63,7 @@ class Schedule:
         return alpha * z + sigma * eps
 
     def bins(self, count: int = 10) -> list[tuple[int, int]]:
-        """Equal ranges of timesteps (first, last), inclusive, to report losses by noise level."""
+        """Split the timesteps into equal ranges (first, last), inclusive, to report losses by noise level."""
         edges = [b * self.timesteps // count for b in range(count + 1)]
         return [(low, max(low, high - 1)) for low, high in zip(edges, edges[1:])]
 
@@ -75,8 +76,8 @@ class Schedule:
 def make_schedule(name: str, timesteps: int = 1000) -> Schedule:
     """Build a schedule by name.
 
-    linear         beta from 1e-4 to 0.02 (Ho et al. 2020, §4), rescaled by 1000/T for other T
-    scaled_linear  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (Rombach et al. 2022, LDM)
+    linear         beta from 1e-4 to 0.02, multiplied by 1000/T (Ho et al. 2020, §4, with T = 1000)
+    scaled_linear  sqrt(beta) from sqrt(0.00085) to sqrt(0.012), beta multiplied by 1000/T (Rombach et al. 2022, LDM)
     cosine         alpha bar = cos²((t/T + s)/(1 + s) · pi/2), s = 0.008 (Nichol & Dhariwal 2021, eq. 17)
     flow           alpha = 1 - (t+1)/T, sigma = (t+1)/T: rectified flow (Liu et al. 2023; Esser et al. 2024, eq. 13)
     """
@@ -92,7 +93,7 @@ def make_schedule(name: str, timesteps: int = 1000) -> Schedule:
         return Schedule.from_betas(name, (sqrt_betas**2).clamp(max=MAX_BETA))
     if name == "cosine":
         s = 0.008
-        edges = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps  # t/T at the T+1 edges
+        edges = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps  # t/T for t = 0 … T
         alpha_bar = torch.cos((edges + s) / (1 + s) * math.pi / 2) ** 2
         return Schedule.from_betas(name, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA), COSINE_SIGMA_MAX)
     if name == "flow":
@@ -101,7 +102,7 @@ def make_schedule(name: str, timesteps: int = 1000) -> Schedule:
     raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {name!r})")
 
 
-# Prediction types: given z_t, each determines the others. alpha and sigma broadcast to z_t.
+# Prediction types. Given z_t, any of them can be converted to any other. alpha and sigma are broadcastable to z_t.
 
 PREDICTIONS = ("eps", "v", "x0", "velocity")
 
@@ -135,7 +136,8 @@ def to_z0(kind: str, prediction: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tens
 def min_snr_weight(kind: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
     """Min-SNR-gamma loss weight (Hang et al. 2023, §3.4).
 
-    It is min(snr, gamma) on the squared error of z0, converted to the squared error of the prediction.
+    The weight of the squared error of z0_hat is min(snr, gamma). It is converted to a weight for the squared error of the
+    prediction `kind`.
     """
     x0_weight = (alpha**2 / sigma**2).clamp(max=gamma)
     if kind == "eps":

@@ -9,7 +9,7 @@ from models.layers import group_norm, num_heads, zero_init
 
 
 class TokenAttention(nn.Module):
-    """Multi-head self-attention; qk_norm: RMS-normalized q and k (Dehghani et al. 2023, §2)."""
+    """Multi-head self-attention. qk_norm applies RMSNorm to q and k (Dehghani et al. 2023, §2)."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False):
         super().__init__()
@@ -46,7 +46,7 @@ class EncoderBlock(nn.Module):
 
 
 class AdaLNZeroBlock(nn.Module):
-    """Transformer block modulated by an embedding (B, emb_dim) (Peebles & Xie 2023, §3.2). It starts as the identity."""
+    """Transformer block modulated by an embedding (B, emb_dim) (Peebles & Xie 2023, §3.2). Initialized as the identity."""
 
     def __init__(self, width: int, heads: int, emb_dim: int):
         super().__init__()
@@ -65,7 +65,7 @@ class AdaLNZeroBlock(nn.Module):
 class TransformerBottleneck(nn.Module):
     """Residual adaLN-Zero transformer on the H·W positions of a feature map.
 
-    The learned positions for size = (height, width) are interpolated for other sizes.
+    The position embeddings are learned for size = (height, width) and interpolated to other sizes.
     """
 
     def __init__(self, *, channels: int, size: list[int], num_blocks: int, head_channels: int, emb_dim: int, groups: int):

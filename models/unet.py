@@ -28,7 +28,7 @@ class UNet(nn.Module):
 
     size                    height and width of the training latents; one number for a square
     channels                channels per level
-    num_res_blocks          residual blocks per level on the way down; one more on the way up
+    num_res_blocks          residual blocks per level in the downsampling path; the upsampling path has one more per level
     attn_resolutions        resolutions with self-attention after each residual block; the resolution of level i is
                             the longer side of its feature maps, max(size) / 2^i
     head_channels           minimum channels per attention head
@@ -175,7 +175,7 @@ class UNet(nn.Module):
 
 
 def run_block(block: nn.ModuleList, h: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Apply the modules in order, each with the inputs it takes."""
+    """Apply the modules of a block in order. Each gets the inputs that its type takes."""
     for module in block:
         if isinstance(module, (ResBlock, TransformerBottleneck)):
             h = module(h, emb)

@@ -1,5 +1,7 @@
-"""VAE between pixels and latents (Kingma & Welling 2014). The architecture is that of Esser et al. 2021 and Rombach et al. 2022,
-and computes the same function as AutoencoderKL of diffusers (models/diffusers_format.py maps the weights)."""
+"""VAE between pixels and latents (Kingma & Welling 2014). Architecture: Esser et al. 2021; Rombach et al. 2022.
+
+It computes the same function as diffusers' AutoencoderKL; models/diffusers_format.py converts the weights.
+"""
 
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from models.layers import Attention, Downsample, ResBlock, Upsample, checkpointed, group_norm, num_norm_groups
 
-MAX_PIXELS_PER_CHUNK = 2**20  # without gradients: 4 images of 512x512, 256 of 64x64
+MAX_PIXELS_PER_CHUNK = 2**20  # per pass without gradients; equals 4 images of 512x512 or 256 of 64x64
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Posterior:
     logvar: Tensor
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """Reparameterized sample from given or new standard normal noise."""
+        """Sample mean + std · noise. `noise` is standard normal, and generated if None."""
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + (0.5 * self.logvar).exp() * noise
 
@@ -32,12 +34,12 @@ class Posterior:
 class VAE(nn.Module):
     """Images (B, in_channels, H, W) in [-1, 1] <-> latents (B, latent_channels, H/f, W/f).
 
-    in_channels        of images: 1 gray, 3 RGB, 4 RGBA
-    channels           channels per level; f = patch_size · 2^(levels-1)
-    num_res_blocks     residual blocks per level of the encoder; the decoder has one more
+    in_channels        channels of the images: 1 gray, 3 RGB, 4 RGBA
+    channels           channels per level; the downsampling factor is f = patch_size · 2^(levels-1)
+    num_res_blocks     residual blocks per level of the encoder; the decoder has one more per level
     attention          self-attention with one head in the bottleneck
-    patch_size         pixel patches are folded into channels, which makes the first level cheaper
-    output_activation  of the decoder: tanh or none
+    patch_size         fold patches of this size into channels, which makes the first level cheaper
+    output_activation  activation after the decoder: tanh or none
     quant_conv         1x1 convolutions after the encoder and before the decoder, as in Stable Diffusion 1, 2 and XL
     """
 
@@ -121,13 +123,13 @@ class VAE(nn.Module):
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> images (B, in_channels, H, W) float32, approximately in [-1, 1] (exactly with tanh)."""
+        """Unscaled latents (B, C, h, w) -> images (B, in_channels, H, W) float32. Only tanh limits them to [-1, 1]."""
         z = self.post_quant_conv(z)
         images = self._apply_in_chunks(self.decoder, z, z.shape[2] * z.shape[3] * self.downsampling**2)
         return torch.tanh(images) if self.output_activation == "tanh" else images
 
     def _apply_in_chunks(self, layers: nn.Sequential, x: Tensor, pixels_per_image: int) -> Tensor:
-        """Apply layers, output float32. Without gradients the batch is split to bound memory."""
+        """Apply layers and return float32. Without gradients, the batch is split to limit the memory."""
         chunks = [x] if torch.is_grad_enabled() else x.split(max(1, MAX_PIXELS_PER_CHUNK // pixels_per_image))
 
         def apply(h: Tensor) -> Tensor:
@@ -146,5 +148,5 @@ class VAE(nn.Module):
 
 
 def reconstruction_error(kind: str, images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Per-pixel error (B, C, H, W), "mse" or "l1"."""
+    """Squared ("mse") or absolute ("l1") error per pixel and channel, (B, C, H, W)."""
     return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](reconstruction, images, reduction="none")

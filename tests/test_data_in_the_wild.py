@@ -603,7 +603,7 @@ def test_plan_of_stage_1(experiment, tmp_path, capsys):
     assert (
         "dataset: 51 files found: 50 images, 0 files with captions or labels, 1 skipped: 1 hidden or system files\n" in out
     )
-    assert "note: evaluate.py needs 8 validation images (got 2): set data.val_fraction=0.16 before training" in out
+    assert "note: evaluate.py needs at least 8 validation images (got 2): set data.val_fraction=0.16 before training" in out
     assert experiment.run("train_vae", *data, "data.val_fraction=0.16", "--dry-run") == 0
     out = capsys.readouterr().out
     assert "labels:" not in out and "images: 42 for training, 8 for validation" in out and "evaluate.py needs" not in out

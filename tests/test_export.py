@@ -238,4 +238,4 @@ def test_bad_initial_unets_give_one_line(trained, experiment, capsys):
 def test_a_unet_of_another_prediction_is_refused(trained, capsys):
     weights = trained.run_dir / "cosine" / "unet.safetensors"
     other = ("diffusion.name=other", f"diffusion.init_from={weights}", "diffusion.prediction=v")
-    assert "diffusion.prediction=eps" in one_error_line(trained, capsys, "train_diffusion", *other)
+    assert "diffusion.prediction must be eps, because" in one_error_line(trained, capsys, "train_diffusion", *other)

@@ -57,7 +57,7 @@ def test_four_stages_write_all_files(trained, capsys):
     assert trained.run("infer", "sampling.save_images=true") == 0
     out = capsys.readouterr().out
     assert "latents: the std of generated latents is" in out and "times that of training latents" in out
-    assert "of clean estimates" in out and "of pixel values out of range" in out
+    assert "of latent values in clean estimates" in out and "of pixel values, which were outside [-1, 1]" in out
     run_dir = trained.run_dir
     for name in (
         "vae/vae.safetensors",
@@ -366,7 +366,7 @@ def test_a_nonfinite_loss_keeps_the_last_good_state(trained, tmp_path, capsys, m
     torch.manual_seed(6)  # the seed of step 6: see Trainer.__iter__
     expected_t = int(torch.randint(0, 1000, (8,))[2])
     assert "step 6" in line and f"timestep {expected_t}" in line and "learning rate 0.0002" in line
-    assert "the last good state is kept" in line
+    assert "the last saved state is kept" in line
     assert (experiment.run_dir / "cosine" / "state.pt").read_bytes() == state
     # A save before the next log line must not write the non-finite state either.
     error_line(

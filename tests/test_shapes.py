@@ -470,7 +470,7 @@ def test_initial_vae_of_other_channels_or_factor(digits, tmp_path, capsys):
     before = files_below(digits.folder)
     initial = ("name=other", f"vae.init_from={digits.run_dir}/vae/vae.safetensors")
     line = error_line(digits, capsys, "train_vae", *initial, "data.channels=3")
-    assert "data.channels must be 1, the image channels of" in line and "(got 3)" in line
+    assert "data.channels must be 1, the number of image channels of" in line and "(got 3)" in line
     line = error_line(digits, capsys, "train_vae", *initial, "data.image_size=[32,34]")
     assert "data.image_size must be a multiple of 4" in line and "(got 32x34)" in line
     assert files_below(digits.folder) == before

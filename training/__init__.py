@@ -1,1 +1,1 @@
-"""The training loop that both training stages share: trainer, optimizer, resuming, metrics, logging."""
+"""Code shared by both training scripts: training loop, EMA and learning rate, resuming, metrics, logging."""

@@ -1,4 +1,4 @@
-"""Training logs: metrics.jsonl, TensorBoard, an experiment tracker, and the plot of a run's curves."""
+"""Training logs: metrics.jsonl, TensorBoard, an experiment tracker, and the plot curves.png."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ NOT_PLOTTED = ("step", "images_seen", "minutes", "seconds_to_first_step")
 
 
 def import_tracker(cfg: LoggingConfig) -> ModuleType | None:
-    """Return wandb, or trackio, which has the same API; None for none."""
+    """Import the package named by logging.tracker; wandb and trackio have the same API. Return None if it is "none"."""
     if cfg.tracker == "none":
         return None
     try:
@@ -30,7 +30,7 @@ def import_tracker(cfg: LoggingConfig) -> ModuleType | None:
 
 
 class Logger:
-    """Writes metrics and images of a run that starts or resumes at `step`. `identity` becomes the tracker's config."""
+    """Write the metrics and images of a run that starts or resumes at `step`. `identity` becomes the tracker's config."""
 
     def __init__(self, folder: Path, identity: dict, cfg: LoggingConfig, step: int):
         make_dir(folder)
@@ -46,11 +46,11 @@ class Logger:
 
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=step + 1)
         if self.tracker:
-            id_file = folder / "tracker_id"  # a resumed run continues in the tracker, a new run gets a new id
+            id_file = folder / "tracker_id"  # a resumed run keeps its id in the tracker; a new run gets a new one
             if not step or not id_file.exists():
                 id_file.write_text(secrets.token_hex(4))
             run_id = id_file.read_text()
-            # Runs are identified by their id in wandb, and by their name in trackio.
+            # wandb finds the run to resume by its id, and trackio by its name.
             identifier = {"id": run_id} if cfg.tracker == "wandb" else {}
             name = f"{folder.parent.name}-{folder.name}-{run_id}"
             self.tracker.init(project="nanoldm", name=name, config=identity, resume="allow", **identifier)
@@ -64,7 +64,7 @@ class Logger:
                 write_atomically(self.path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
 
     def log_metrics(self, step: int, metrics: dict) -> None:
-        """Scalars by name. Raises NoSpaceError if the disk is full."""
+        """Log scalars by name. Raises NoSpaceError if the disk is full."""
         with raise_no_space(self.path):
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
@@ -75,7 +75,7 @@ class Logger:
             self.tracker.log(metrics, step=step)
 
     def log_image(self, step: int, name: str, image) -> None:
-        """A PIL image for TensorBoard and the tracker, RGBA over white."""
+        """Log a PIL image to TensorBoard and the tracker. Transparency is composited over white."""
         image = over_white(image)
         if self.tensorboard:
             self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
@@ -91,7 +91,7 @@ class Logger:
 
 
 def _step_of(line: str) -> int | None:
-    """None for a line that was truncated when the process was killed, or is damaged."""
+    """Return the step of a line of metrics.jsonl, or None if the line is damaged, for example cut by a killed process."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -99,8 +99,7 @@ def _step_of(line: str) -> int | None:
 
 
 def plot_curves(folder: Path) -> Path | None:
-    """Plot folder/metrics.jsonl to folder/curves.png: one panel per metric, with training and validation curves. Returns None if
-    nothing was logged."""
+    """Plot folder/metrics.jsonl to folder/curves.png, one panel per metric. Return its path; None if nothing was logged."""
     import matplotlib
 
     matplotlib.use("Agg")

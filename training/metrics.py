@@ -7,17 +7,17 @@ from utils import distributed
 
 
 class MetricAverager:
-    """Averages since the last log line, and the first step with a non-finite value."""
+    """Averages of metrics since the last log line. Also records the first step with a non-finite loss or gradient."""
 
     def __init__(self, device: torch.device):
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}  # steps that reported each metric
-        self._micro_batches: list[dict[str, Tensor]] = []  # of the current step
-        self._global: set[str] = set()  # metrics that every process computes for the whole batch
-        self._nonfinite = torch.full((2,), -1, device=device)  # (step, timestep); -1: none
+        self._counts: dict[str, int] = {}  # number of steps that reported each metric
+        self._micro_batches: list[dict[str, Tensor]] = []  # metrics of the current step's micro-batches
+        self._global: set[str] = set()  # names of the metrics that have the same value in every process
+        self._nonfinite = torch.full((2,), -1, device=device)  # (step, timestep) of the first non-finite value; -1: none
 
     def add_micro_batch(self, metrics: dict[str, Tensor], batch_size: int) -> None:
-        """Metrics (B,) of a micro-batch that belongs to a batch of batch_size."""
+        """Add the metrics (B,) of one micro-batch. batch_size is the size of the whole batch, over all processes."""
         self._micro_batches.append({name: value.detach().float().sum() / batch_size for name, value in metrics.items()})
 
     def discard_step(self) -> None:
@@ -45,7 +45,7 @@ class MetricAverager:
         return means
 
     def watch_finite(self, values: Tensor, step: int, timesteps: Tensor | None = None) -> None:
-        """Remember step (and the timestep, if given per value) of the first non-finite value."""
+        """Record the step of the first non-finite value, and its timestep if `timesteps` (one per value) is given."""
         nonfinite = ~torch.isfinite(values)
         timestep = torch.full_like(self._nonfinite[0], -1)
         if timesteps is not None:

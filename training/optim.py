@@ -12,7 +12,7 @@ from config import TrainingConfig
 def learning_rate(cfg: TrainingConfig, step: int, minutes: float = 0.0) -> float:
     """Linear warm-up to cfg.lr, then constant, or cosine decay to lr/10.
 
-    The decay ends at the last step or at max_minutes, whichever is closer.
+    The decay ends at the last step or at max_minutes, whichever comes first.
     """
     lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
     if cfg.lr_decay == "cosine":
@@ -24,7 +24,7 @@ def learning_rate(cfg: TrainingConfig, step: int, minutes: float = 0.0) -> float
 
 
 class EMA:
-    """Exponential moving average of a network's parameters, in `.net`. Update n uses the decay min(decay, (1+n)/(10+n))."""
+    """`.net` is a copy of a network whose parameters are the exponential moving averages of the network's parameters."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
@@ -33,5 +33,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, n: int) -> None:
+        """Update the averages with decay min(decay, (1+n)/(10+n))."""
         decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(self._ema_params, self._params, 1 - decay)

@@ -1,4 +1,4 @@
-"""Identity of a training run, and the check that a run in a folder is the same one before it is resumed."""
+"""Identity of a training run: a run is resumed only if its settings and data are those with which it was started."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from utils.checkpoints import load_tensors
 from utils.errors import UserError
 from utils.files import first_line
 
-# Settings that may differ when a run is resumed. Any other change makes it a different run.
+# Settings that may change when a run is resumed. If any other setting changes, resuming fails.
 MAY_CHANGE_ON_RESUME = (
     "steps",
     "max_minutes",
@@ -23,13 +23,13 @@ MAY_CHANGE_ON_RESUME = (
     "sample_images",
     "name",
     "retrain",
-    "weights",  # path of the perceptual network
-    "model",  # path of the text encoder; its fingerprint is compared instead
+    "weights",  # path of the perceptual network's weights
+    "model",  # path of the text encoder; the fingerprint of its weights is compared instead
 )
 
 
 def run_identity(config: Config, section: str, **fingerprints: str) -> dict:
-    """Settings of a stage, the seed, and properties and fingerprints of its training data."""
+    """Identity of a run: settings of its config section, seed, image format, and fingerprints of its training data."""
     data = {"image_size": config.data.size, "channels": config.data.channels, "flip": config.data.flip}
     return {section: getattr(config, section).model_dump(), "seed": config.seed, **data, **fingerprints}
 
@@ -40,7 +40,7 @@ def how_to_restart(path: Path) -> str:
 
 @contextlib.contextmanager
 def reject_foreign_checkpoint(path: Path):
-    """Report any error as one line: in a foreign file keys, types and shapes may all be wrong."""
+    """Convert any error to a one-line UserError. A file from elsewhere can have wrong keys, types or shapes."""
     try:
         yield
     except Exception as error:
@@ -54,10 +54,10 @@ def is_finished(cfg: TrainingConfig, step: int, minutes: float) -> bool:
 
 
 def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: dict | None = None) -> bool:
-    """Refuse a folder whose state.pt belongs to a run with another identity.
+    """Raise an error if state.pt in `folder` belongs to a run with another identity. Return whether that run is finished.
 
-    Without `state` only the keys of `identity` are compared, so that settings can be checked before any work is done. Returns
-    whether the run is finished.
+    `state` is the content of state.pt. Without it, only the keys in `identity` are compared: this checks the settings before
+    the data are loaded and their fingerprints are known.
     """
     path, settings_only = folder / "state.pt", state is None
     if settings_only and not path.exists():
@@ -66,7 +66,7 @@ def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: d
     with reject_foreign_checkpoint(path):
         old, new = json.loads(state["identity"]), json.loads(json.dumps(identity))
         for section in old.keys() & {"vae", "diffusion"}:
-            # Settings added after the checkpoint was written had their default value.
+            # A setting that did not exist when the checkpoint was written counts as its default.
             old[section] = {**type(cfg)().model_dump(), **old[section]}
         changes = _differences({k: v for k, v in old.items() if k in new or not settings_only}, new)
         finished = is_finished(cfg, state["step"], state["minutes"])
@@ -79,7 +79,7 @@ def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: d
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Dotted names whose values differ, except those in MAY_CHANGE_ON_RESUME."""
+    """Describe the values that differ ("vae.lr was 0.1, now 0.2"), except those in MAY_CHANGE_ON_RESUME."""
     changes = []
     for name in sorted(old.keys() | new.keys()):
         before, now = old.get(name), new.get(name)

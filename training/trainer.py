@@ -1,4 +1,4 @@
-"""Training loop state: one optimizer step, logging, saving, resuming, stopping."""
+"""Trainer: optimizer steps, logging, saving, resuming and stopping, for both training scripts."""
 
 import contextlib
 import json
@@ -30,17 +30,17 @@ class Trainer:
     """Network, EMA and AdamW of a run, and the folder with its files. Resumes from folder/state.pt.
 
         with Trainer(folder, net, cfg, ...) as trainer:
-            for _ in trainer:                        # seeds each step; saves, stops and reports between steps
-                batch = ...                          # random numbers for the whole batch; keep batch[trainer.shard]
+            for _ in trainer:                        # seeds PyTorch before each step; saves and stops between steps
+                batch = ...                          # the same in all processes; this process uses batch[trainer.shard]
                 trainer.step(forward_backward)       # calls forward_backward(micro_batch: slice), which calls
                                                      #     trainer.backward(loss, ...)
                 if trainer.is_main and trainer.due(cfg.eval_every):
                     trainer.log(evaluate(trainer.ema.net))
 
-    identity       settings and data fingerprints; a folder that holds another run is refused
-    weights_name   file for inference: EMA weights, `extra` tensors, and `metadata` with the training progress
-    discriminator  trained alongside with a constant learning rate; saved in state.pt only
-    data_verified  background check of the training data: its error ends training, and nothing is saved before it is done
+    identity       settings and data fingerprints; a run with another identity in `folder` is an error
+    weights_name   file for inference with the EMA weights, the tensors `extra`, and `metadata` plus the training progress
+    discriminator  has its own optimizer with a constant learning rate; saved only in state.pt
+    data_verified  background check of the training data; an error in it ends training, and saving waits until it is done
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Trainer:
                 discriminator.parameters(), discriminator_lr, (0.5, 0.9), weight_decay=0.0
             )
         self.steps_done = 0  # optimizer steps
-        self._minutes_before = 0.0  # training time before this process started
+        self._minutes_before = 0.0  # minutes of training before this process started
         self._resume()
         self._first_step = self.steps_done
         self._restart_clocks()
@@ -87,15 +87,15 @@ class Trainer:
         self._update_stop()
         if self.should_stop and self.is_main:
             self._save_if_stale()
-        logs = self.is_main and (not self.should_stop or cfg.steps == 0)
-        self._logger = Logger(folder, identity, logging, self.steps_done) if logs else None
+        needs_logger = self.is_main and (not self.should_stop or cfg.steps == 0)
+        self._logger = Logger(folder, identity, logging, self.steps_done) if needs_logger else None
 
     # The loop
 
     def __enter__(self) -> "Trainer":
         self._old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self._restart_clocks()
-        # The bar counts percent of the budget that ends the run: steps or minutes.
+        # The bar shows how many percent of cfg.steps or cfg.max_minutes are done, whichever is more.
         self._bar = tqdm(
             total=100, initial=self._percent_done(), desc=self.folder.name, disable=self.should_stop,
             mininterval=0.5 if sys.stderr.isatty() else 20.0, bar_format="{l_bar}{bar}| [{elapsed}{postfix}]",
@@ -103,9 +103,9 @@ class Trainer:
         return self
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the number of steps done before each step, until the steps or minutes are used up.
+        """Yield steps_done before each step, until cfg.steps or cfg.max_minutes is reached.
 
-        Raises Stopped after SIGINT or SIGTERM, with the state saved.
+        After SIGINT or SIGTERM, saves the state and raises Stopped.
         """
         if self.cfg.steps == 0:
             self._raise_if_data_damaged(wait=True)
@@ -141,7 +141,7 @@ class Trainer:
 
     @property
     def minutes(self) -> float:
-        """Minutes of training in all sessions of this run."""
+        """Minutes of training, including those before the run was resumed."""
         return self._minutes_before + (time.monotonic() - self._started) / 60
 
     @property
@@ -170,13 +170,14 @@ class Trainer:
     # One step
 
     def step(self, forward_backward: Callable[[slice], None]) -> None:
-        """Forward, backward, gradient clipping, AdamW, EMA. `forward_backward` gets each micro-batch as a slice of the shard.
+        """Run one optimizer step: forward, backward, gradient clipping, AdamW, EMA.
 
-        With micro_batch "auto", a micro-batch that does not fit in GPU memory is halved and the step starts over.
+        Calls forward_backward(micro_batch) with slices of this process's shard. If micro_batch is "auto", a micro-batch that
+        does not fit in GPU memory is halved and the step starts over.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, self.steps_done, self._minutes_synced)
-        if not self.is_main:  # so far all ranks drew the same numbers, for a common batch; dropout must differ per rank
+        if not self.is_main:  # the batch needs the same random numbers in all processes, but dropout needs different ones
             torch.manual_seed((self.seed * 1_000_003 + self.steps_done) * 1009 % 2**63 + distributed.rank())
         self._accumulate_gradients(forward_backward)
         distributed.sum_gradients(self.net)
@@ -213,7 +214,7 @@ class Trainer:
                         f"{self.folder}: out of memory with micro-batches of {self.micro_batch}; "
                         f"use a smaller micro_batch or fewer channels"
                     ) from None
-            # Outside the handler: the traceback would keep the tensors of the failed pass alive.
+            # This is outside the except block, because its traceback would keep the tensors of the failed pass alive.
             self.micro_batch = (self.micro_batch + 1) // 2
             self._metrics.discard_step()
             self._zero_grad()
@@ -224,14 +225,15 @@ class Trainer:
         """Backpropagate this micro-batch's part of the mean loss over the whole batch.
 
         loss          (B,) per example
-        check_finite  (B,) values to check for NaN and infinity; an error names the step, and the timestep if `timesteps` is given
+        check_finite  (B,) values to check for NaN and infinity
+        timesteps     (B,) diffusion timesteps, so that an error can name the one with the non-finite value
         metrics       (B,) per example, averaged until the next log line
         """
         self._backward(loss, {"loss": loss, **metrics})
         self._metrics.watch_finite(check_finite.detach(), self.steps_done, timesteps)
 
     def backward_discriminator(self, loss: Tensor, **metrics: Tensor) -> None:
-        """The same for the discriminator's loss (B,)."""
+        """Backpropagate the discriminator's loss (B,) in the same way."""
         self._backward(loss, metrics)
 
     def _backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
@@ -248,7 +250,7 @@ class Trainer:
         if step < 0:
             return
         source = f"the loss at timestep {timestep}" if timestep >= 0 else "the loss or its gradient"
-        saved = "the last good state is kept" if (self.folder / "state.pt").exists() else "no state had been saved yet"
+        saved = "the last saved state is kept" if (self.folder / "state.pt").exists() else "no state has been saved"
         lr = self.optimizer.param_groups[0]["lr"]
         raise Diverged(
             f"{self.folder}: {source} is not finite in step {step} (learning rate {lr:.3g}); {saved}. "
@@ -268,7 +270,7 @@ class Trainer:
         return 100 * min(done, 1.0)
 
     def _log_first_step(self, grad_norm: Tensor) -> None:
-        """Exclude the first step, which compiles, from the images per second, and from max_minutes if it took over 5 seconds."""
+        """Log the duration of the first step, which includes compilation. If over 5 s, exclude it from max_minutes."""
         float(grad_norm)  # wait for the device
         seconds = time.monotonic() - self._started
         if seconds > 5:
@@ -283,7 +285,7 @@ class Trainer:
         if not means:
             return
         metrics = {f"train/{name}": value for name, value in means.items()} | {"lr": self.optimizer.param_groups[0]["lr"]}
-        if self.steps_done == self._rate_start_step:  # only the first step so far, which has no meaningful rate
+        if self.steps_done == self._rate_start_step:  # no steps since the clock was restarted, so there is no rate
             self.log(metrics)
             return
         seconds = time.monotonic() - self._rate_start
@@ -324,7 +326,7 @@ class Trainer:
         self._restart_rate()
 
     def _restart_rate(self) -> None:
-        """Exclude evaluation, logging and saving from the images per second."""
+        """Restart the clock for images_per_second, which excludes evaluation, logging and saving."""
         self._rate_start, self._rate_start_step = time.monotonic(), self.steps_done
 
     # Saving
@@ -337,7 +339,7 @@ class Trainer:
     def save(self) -> None:
         """Write the weights file, then state.pt. Raises Diverged instead of saving a non-finite state.
 
-        If the disk is full, the files of the last save stay and training continues; only the final save raises.
+        If the disk is full, the previously saved files stay and training continues. Only the final save raises an error.
         """
         self._raise_if_diverged()
         self._raise_if_data_damaged(wait=True)
@@ -350,7 +352,8 @@ class Trainer:
             state["discriminator"] = self.discriminator.state_dict()
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
         with contextlib.nullcontext() if self.should_stop else warn_if_disk_full(f"the state of step {self.steps_done}"):
-            # Weights first: if the process dies in between, the run resumes from the older state and rewrites them.
+            # Weights come first: if the process dies before state.pt is written, the run resumes from the older state.pt and
+            # writes the weights again.
             self._save_weights(self.weights_path)
             save_tensors(self.folder / "state.pt", state)
         self._saved_at = time.monotonic()
@@ -397,5 +400,5 @@ class Trainer:
             self.micro_batch = min(self.micro_batch, micro_batch_that_fit)
 
     def _hardware_key(self) -> list:
-        """Hardware for which a micro-batch size is known to fit."""
+        """Hardware and number of processes, on which the micro-batch size that fits in memory depends."""
         return [hardware_name(next(self.net.parameters()).device), distributed.world_size()]
