@@ -112,7 +112,7 @@ def test_many_images_outside_of_folders_are_kept(tmp_path, capsys):
     write_images(tmp_path / "in", numbered(".", "new", "old"))
     source = index_dataset(settings(tmp_path, tmp_path / "in")).source
     assert len(source.names) == 24 and source.labels is None
-    assert "note: the 2 folders are no classes: 8 of 24 images are in none of them" in capsys.readouterr().out
+    assert "note: the 2 folders are not used as classes: 8 of 24 images are in none of them" in capsys.readouterr().out
 
 
 def test_zip_has_the_order_split_and_labels_of_the_folder(tmp_path):
@@ -298,7 +298,7 @@ def test_16_bit_color_images_must_use_their_range(tmp_path):
         if scale == 16:
             assert (load_images(config).pixels == 255).all()
         else:
-            with pytest.raises(UserError, match="in 12 16-bit images is above 3840: convert them to 8 bits"):
+            with pytest.raises(UserError, match="largest value in 12 16-bit images is only 3840: convert the images to 8 bits"):
                 index_dataset(config)
 
 
@@ -472,7 +472,7 @@ def test_all_captions_of_an_image_are_kept(tmp_path):
         ({"text": "a", "split": ["train"]}, r"line 2: split must be one of train, .* \(got \['train'\]\)"),
         ({"text": "a", "split": "hold-out"}, r"line 2: split must be one of train, .* \(got 'hold-out'\)"),
         ({"file_name": 1}, r"line 2: expected the path of an image in file_name \(got 1\)"),
-        ({"file_name": "99.png"}, r"has rows for files that are missing or no images: 99.png \(line 2\): add"),
+        ({"file_name": "99.png"}, r"has rows for files that do not exist or are not images: 99.png \(line 2\); add"),
         ({"file_name": None}, r"expected the path of an image in file_name \(got None\)"),
     ],
 )
@@ -488,7 +488,7 @@ def test_values_of_other_types_are_named_by_line(tmp_path, row, message):
     [
         ("image,text\n00.png,a\n", r"line 2: expected the path of an image in file_name \(got None\)"),
         ("file_name,text\n00.png,a,b\n", "line 2: more values than the 2 columns"),
-        ("file_name,text\n\n99.png,a\n", r"has rows for files that are missing or no images: 99.png \(line 3\): add"),
+        ("file_name,text\n\n99.png,a\n", r"has rows for files that do not exist or are not images: 99.png \(line 3\); add"),
     ],
 )
 def test_bad_csv(tmp_path, content, message):
@@ -569,7 +569,7 @@ def test_unread_sidecars_are_named(tmp_path, capsys):
     index_dataset(settings(tmp_path, tmp_path / "in"))
     assert (
         capsys.readouterr().out.count(
-            "note: not read: X.json next to X, labels.csv; captions and labels are read from metadata.csv"
+            "note: these files are not read: X.json next to X, labels.csv; captions and labels are read only from metadata.csv"
         )
         == 1
     )

@@ -153,7 +153,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
         (dict(path=tmp_path / "no_image"), "data.image_column must name the column of the images"),
         (dict(path=tmp_path / "no_train"), "data.split: .* has no training split; choose one of a, b"),
         (dict(path=tmp_path / "bad.parquet"), "the datasets library cannot load"),
-        (dict(path=tmp_path / "bad.csv"), "known file types: .parquet"),
+        (dict(path=tmp_path / "bad.csv"), "supported file types: .parquet"),
         (dict(path="some/missing/folder"), "is neither a path that exists nor a hub id"),
         (dict(path="nobody/nothing"), "the datasets library cannot load nobody/nothing"),
     ]
