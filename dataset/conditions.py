@@ -113,10 +113,10 @@ def conditions_for_split(conditioner: Conditioner, dataset: LatentDataset, split
     if isinstance(conditioner, LabelEmbedder):
         for name, values in conditioner.names.items():
             if dataset.label_names.get(name) != values:
-                dataset_values = ", ".join(dataset.label_names.get(name, ["label is missing"])[:10])
+                dataset_values = ", ".join(dataset.label_names.get(name, ["none"])[:10])
                 raise UserError(
-                    f"the model was trained with other values of the label {name} than encodings.pt has "
-                    f"({dataset_values}): {REMEDY}"
+                    f"encodings.pt has other values of the label {name} ({dataset_values}) than the model was trained with: "
+                    f"{REMEDY}"
                 )
         columns = [list(dataset.label_names).index(name) for name in conditioner.names]
         return _label_conditions((dataset.val_labels if split == VAL else dataset.labels)[:, columns], device)

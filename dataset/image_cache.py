@@ -1,4 +1,4 @@
-"""Pixel cache: images are decoded once into a memory-mapped uint8 array."""
+"""Image cache: decode, crop and resize all images once, into a memory-mapped uint8 array."""
 
 import hashlib
 import io
@@ -25,39 +25,39 @@ from utils.files import first_line, make_dir, remove_leftovers, require_space, w
 from utils.locks import locked
 
 MIN_TRAIN_IMAGES = 8
-MAX_DAMAGED_FRACTION = 0.01  # of unreadable images
-ABORT_AFTER_DAMAGED = 100  # unreadable images
-BLOCK_SIZE = 64  # images per read task and per checksum
-PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)
+MAX_DAMAGED_FRACTION = 0.01  # a larger fraction of unreadable images is an error
+ABORT_AFTER_DAMAGED = 100  # stop decoding at this many unreadable images, if they exceed MAX_DAMAGED_FRACTION
+BLOCK_SIZE = 64  # images per block; a block is decoded by one thread and has one checksum
+PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)  # blocks that are decoded ahead of the one being written
 CACHE_VERSION = 7  # increase when the format changes
-CHECKSUMS = "checksums.json"  # written last
+CHECKSUMS = "checksums.json"  # written last: a cache without it is incomplete
 TABLES = ("split.npy", "labels.npy", "meta.json")
 
 
 @dataclass
 class Images:
-    """A decoded dataset; `pixels` is memory-mapped."""
+    """A dataset of N decoded images."""
 
-    pixels: np.ndarray  # (N, height, width, C) uint8
+    pixels: np.ndarray  # (N, height, width, C) uint8, memory-mapped
     split: np.ndarray  # (N,) TRAIN, VAL or TEST
     labels: np.ndarray | None  # (N, K) int64
     label_names: dict[str, list[str]]
     captions: list[list[str]] | None  # at least one per image
     fingerprint: str  # of pixels and split
-    verified: Future  # result() waits until the pixels are verified; wait for it before keeping anything computed from them
+    verified: Future  # result() waits for the pixels' checksums and raises UserError; call it before saving any results
 
     def rows(self, split: int, at_most: int | None = None) -> np.ndarray:
-        """Return the indices of a split's images; evenly spaced ones, as files may be sorted by class."""
+        """Return the indices of the images of a split. If limited, they are evenly spaced: files may be sorted by class."""
         return evenly_spaced(np.flatnonzero(self.split == split), at_most)
 
 
 @dataclass
 class DatasetIndex:
-    """The images of a dataset and their split, before any is decoded."""
+    """Images of a dataset and their split, before any image is decoded."""
 
     source: Source
-    split: np.ndarray  # (N,) of all images of the source
-    selected: np.ndarray  # indices of the images to use
+    split: np.ndarray  # (N,) split id of every image of the source
+    selected: np.ndarray  # indices of the images to use, see select_images()
     image_shape: tuple[int, int, int]  # (height, width, C)
     cache_dir: Path
 
@@ -69,7 +69,7 @@ class DatasetIndex:
         return math.prod(self.image_shape)
 
     def describe(self) -> list[str]:
-        """Lines of the plan: all files that were found, the splits, labels and captions."""
+        """Return lines of the plan: numbers of files, of images per split, of labels and of captions."""
         source, num_unused = self.source, len(self.split) - len(self.selected)
         unused = f"; {num_unused:,} images not used (data.max_train_images)" if num_unused else ""
         test = f", {self.num_images(TEST):,} for testing" if self.num_images(TEST) else ""
@@ -83,7 +83,7 @@ class DatasetIndex:
         return lines
 
     def load(self) -> Images:
-        """Open the cache; rank 0 builds it first if it does not exist."""
+        """Open the cache. If it does not exist, rank 0 builds it first."""
         if distributed.is_main() and not (self.cache_dir / CHECKSUMS).exists():
             build_cache(self)
         distributed.barrier()
@@ -95,7 +95,7 @@ def index_dataset(config: Config) -> DatasetIndex:
     cfg = config.data
     downloads = cfg.download or cfg.source == "huggingface"
     if downloads and not distributed.is_main():
-        distributed.barrier()  # rank 0 downloads first
+        distributed.barrier()  # wait until rank 0 has downloaded the dataset
     source = SOURCES[cfg.source](cfg, config.seed)
     if downloads and distributed.is_main():
         distributed.barrier()
@@ -139,16 +139,17 @@ def index_dataset(config: Config) -> DatasetIndex:
 
 
 def load_images(config: Config) -> Images:
-    """Load the images of config.data and wait until they are verified."""
+    """Load the images of config.data and wait until their checksums are verified."""
     images = index_dataset(config).load()
     images.verified.result()
     return images
 
 
 def split_by_name(names: list[str], val_fraction: float) -> np.ndarray:
-    """Assign the lowest name hashes to VAL: independent of order and stable when images are added.
+    """Return split ids (N,): VAL for the images whose names have the lowest hashes, else TRAIN.
 
-    Folders that all images share are left out, so that a zip has the split of the folder in it.
+    The split does not depend on the order of the names, and hardly changes when images are added. Folders that all images
+    share are not hashed, so that a zip with one folder around everything has the same split as the folder itself.
     """
     num_shared = len("".join(f"{part}/" for part in os.path.commonprefix([name.split("/")[:-1] for name in names])))
     order = sorted(range(len(names)), key=lambda i: hashlib.sha1(names[i][num_shared:].encode()).digest())
@@ -158,16 +159,16 @@ def split_by_name(names: list[str], val_fraction: float) -> np.ndarray:
 
 
 def select_images(split: np.ndarray, max_train_images: int | None) -> np.ndarray:
-    """Return sorted indices of all val and test images and evenly spaced training images."""
+    """Return the sorted indices of all validation and test images and of max_train_images evenly spaced training images."""
     train = evenly_spaced(np.flatnonzero(split == TRAIN), max_train_images)
     return np.sort(np.concatenate([train, np.flatnonzero(split != TRAIN)]))
 
 
 def build_cache(index: DatasetIndex) -> None:
-    """Decode the selected images into cache_dir; skip and report damaged ones. Continues an interrupted build."""
+    """Decode the selected images into cache_dir, or continue an interrupted build. Damaged images are skipped and listed."""
     cache_dir, partial = index.cache_dir, partial_dir(index.cache_dir)
     lock = cache_dir.with_name(f".{cache_dir.name}.lock")
-    with locked(lock, f"waiting for another process that reads the images into {cache_dir}"):
+    with locked(lock, f"waiting for another process that decodes the images into {cache_dir}"):
         if (cache_dir / CHECKSUMS).exists():
             return
         make_dir(partial)
@@ -178,51 +179,51 @@ def build_cache(index: DatasetIndex) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if cache_dir.is_file():
-            raise UserError(f"{cache_dir} is a file in the place of the image cache: remove it")
+            raise UserError(f"{cache_dir} is a file, but should be the folder of the image cache: remove it")
         remove_leftovers(partial)
         shutil.rmtree(cache_dir, ignore_errors=True)
         os.replace(partial, cache_dir)
 
 
 def partial_dir(cache_dir: Path) -> Path:
-    """Folder of a cache that is being built. The journal describes the blocks that its pixel file holds so far."""
+    """Return the folder in which a cache is built: pixels.u8, and a journal with one line per block in it."""
     return cache_dir.with_name(f".{cache_dir.name}.partial")
 
 
 def note_other_caches(cache_dir: Path) -> None:
-    """Print the caches of the same source and data.path, which have other settings or were read before a file changed."""
+    """Print other caches of the same source and data.path. They have other settings or are older than a changed file."""
     same_path = cache_dir.name.rpartition("-")[0].rpartition("-")[2]
     for other in sorted(cache_dir.parent.iterdir()):
         if other.is_dir() and f"-{same_path}-" in other.name and other not in (cache_dir, partial_dir(cache_dir)):
             num_bytes = sum(file.stat().st_size for file in other.iterdir())
             print(
-                f"note: {other} ({num_bytes / 1e6:,.0f} MB) holds images of the same source with other settings or older files; "
+                f"note: {other} ({num_bytes / 1e6:,.0f} MB) is a cache of the same data.path with other settings or older files; "
                 f"if you do not need it: rm -r {other}"
             )
 
 
 @dataclass
 class Block:
-    """An entry of the journal: the result of a read task."""
+    """Consecutive images that were decoded together, as described by a line of the journal."""
 
-    num_images: int  # readable ones
-    damaged: list[tuple[int, str]]  # index in the source, error message
-    checksum: str  # of the pixels
+    num_images: int  # number of readable images, which pixels.u8 holds
+    damaged: list[tuple[int, str]]  # unreadable images: (index in the source, error message)
+    checksum: str  # of the pixels of the readable images
 
     def line(self) -> str:
-        """A line of the journal: the checksum of the JSON, then the JSON."""
+        """Return a line of the journal: the checksum of the JSON text, a space, and the JSON text."""
         text = json.dumps(vars(self))
         return f"{checksum(text.encode())} {text}\n"
 
     @classmethod
     def parse(cls, line: bytes) -> "Block | None":
-        """None for a damaged line."""
+        """Parse a line of the journal; return None if it is damaged."""
         stored, _, text = line.partition(b" ")
         return cls(**json.loads(text)) if stored == checksum(text).encode() else None
 
 
 def decode_blocks(index: DatasetIndex, folder: Path) -> list[Block]:
-    """Write folder/pixels.u8 and its journal, block by block and in order, after the blocks that are there already."""
+    """Decode all blocks into folder/pixels.u8 and its journal, in order. Blocks of an interrupted build are not repeated."""
     source, selected = index.source, index.selected
     indices = [selected[start : start + BLOCK_SIZE].tolist() for start in range(0, len(selected), BLOCK_SIZE)]
     blocks = read_journal(folder, index.image_bytes)
@@ -255,7 +256,7 @@ def decode_blocks(index: DatasetIndex, folder: Path) -> list[Block]:
 
 
 def _read_in_order(source: Source, blocks: list[list[int]], pool: ThreadPoolExecutor) -> Iterator[list[np.ndarray | str]]:
-    """Yield the images or error messages of each block, reading PREFETCH_BLOCKS ahead to bound memory."""
+    """Yield the images (or error messages) of each block. At most PREFETCH_BLOCKS are decoded ahead, to limit memory."""
     pending = deque(pool.submit(source.read, block) for block in blocks[:PREFETCH_BLOCKS])
     for n in range(len(blocks)):
         images = pending.popleft().result()
@@ -265,7 +266,7 @@ def _read_in_order(source: Source, blocks: list[list[int]], pool: ThreadPoolExec
 
 
 def read_journal(folder: Path, image_bytes: int) -> list[Block]:
-    """Return the blocks of an interrupted build, up to the first that pixels.u8 does not hold intact; cut both files there."""
+    """Return the intact blocks of an interrupted build. Truncate pixels.u8 and the journal after the last of them."""
     blocks: list[Block] = []
     pixels, journal = folder / "pixels.u8", folder / "journal"
     if not (pixels.is_file() and journal.is_file()):
@@ -284,7 +285,7 @@ def read_journal(folder: Path, image_bytes: int) -> list[Block]:
 
 
 def write_tables(index: DatasetIndex, folder: Path, blocks: list[Block]) -> None:
-    """Write split, labels and metadata of the readable images, and the checksums of all files."""
+    """Write the split, labels and other metadata of the readable images, and the checksums of all files."""
     source, damaged = index.source, {i for block in blocks for i, _ in block.damaged}
     good = [i for i in index.selected.tolist() if i not in damaged]
     split, labels = index.split[good], np.zeros((len(good), 0), dtype=np.int64)
@@ -295,7 +296,7 @@ def write_tables(index: DatasetIndex, folder: Path, blocks: list[Block]) -> None
         label_names=source.label_names,
         names=[source.names[i] for i in good],
         captions=[source.captions[i] for i in good] if source.captions is not None else None,
-        # Labels are left out: the VAE does not depend on them.
+        # The fingerprint does not cover the labels, because the VAE does not depend on them.
         fingerprint=hashlib.sha256(json.dumps(checksums).encode() + split.tobytes()).hexdigest()[:16],
     )
     labels = labels if source.labels is None else source.labels[good]
@@ -313,19 +314,19 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def report_damaged(cache_dir: Path, damaged: list[str], total: int) -> None:
-    """List unreadable images in a file next to the cache; too many are an error."""
+    """List the unreadable images in a file next to the cache. Raise UserError if there are too many."""
     if not damaged:
         return
     report = cache_dir.with_name(cache_dir.name + "-damaged.txt")
     report.write_text("\n".join(damaged) + "\n")
-    message = f"{len(damaged)} of {total} images cannot be read and are skipped (listed in {report}); first: {damaged[0]}"
+    message = f"{len(damaged)} of {total} images cannot be read and are skipped; {report} lists them; first: {damaged[0]}"
     if len(damaged) > MAX_DAMAGED_FRACTION * total:
         raise UserError(f"data: {message} (more than {MAX_DAMAGED_FRACTION:.0%} is an error)")
     print(message)
 
 
 def open_cache(cache_dir: Path) -> Images:
-    """Open a cache and verify it: the pixels in the background, everything else at once."""
+    """Open a cache. The pixels are verified in the background (Images.verified), all other files before returning."""
     try:
         checksums = json.loads((cache_dir / CHECKSUMS).read_bytes())
         split, labels, meta = (_read_verified(cache_dir / name, checksums[name]) for name in TABLES)
@@ -336,7 +337,7 @@ def open_cache(cache_dir: Path) -> Images:
             raise ValueError("pixels.u8 has the wrong size")
         # Mode "c" (copy on write): torch warns when it wraps read-only memory.
         pixels = np.memmap(path, dtype=np.uint8, mode="c", shape=shape)
-    except Exception as error:  # any content is possible: many error types
+    except Exception as error:  # damaged files cause many exception types
         raise _damaged(cache_dir, error) from None
     return Images(
         pixels=pixels,
@@ -363,7 +364,7 @@ def _read_verified(path: Path, expected: str) -> bytes:
 
 
 def verify_pixels(cache_dir: Path, blocks: list[Block], image_bytes: int) -> None:
-    """Compare every block with its checksum."""
+    """Compare the pixels of every block with its checksum. Raise UserError if one differs."""
     first = 0
     try:
         with open(cache_dir / "pixels.u8", "rb") as file:
@@ -371,5 +372,5 @@ def verify_pixels(cache_dir: Path, blocks: list[Block], image_bytes: int) -> Non
                 if checksum(file.read(block.num_images * image_bytes)) != block.checksum:
                     raise ValueError(f"the checksum of images {first} to {first + block.num_images - 1} does not match")
                 first += block.num_images
-    except Exception as error:  # read errors of the disk; wrong types in checksums.json
+    except Exception as error:  # a read error of the disk, or wrong types in checksums.json
         raise _damaged(cache_dir, error) from None

@@ -274,7 +274,7 @@ def test_values_are_scaled_alike_in_all_files(tmp_path, make, suffix, options, f
         (
             lambda i: (RAMP * 4095).astype(np.uint16),
             ".png",
-            r"above 4095: set data.value_range=\[0, 4095\] if they hold 12 bits",
+            r"is only 4095: set data.value_range=\[0, 4095\] if white is 4095",
         ),
         (lambda i: (RAMP * 4095).astype(">u2"), ".tif", "above 4095: set data.value_range"),
         (lambda i: RAMP * 255, ".tif", "float values, 0 to 255, are not in 0 to 1: set data.value_range"),

@@ -408,7 +408,7 @@ def test_a_file_in_the_place_of_the_cache(tmp_path, image_folder):
     cache_dir = index_dataset(config).cache_dir
     cache_dir.parent.mkdir(parents=True)
     cache_dir.write_text("x")
-    with pytest.raises(UserError, match="is a file in the place of the image cache: remove it"):
+    with pytest.raises(UserError, match="is a file, but should be the folder of the image cache: remove it"):
         load_images(config)
 
 
