@@ -94,25 +94,21 @@ def _columns(features: dict, kind: type) -> list[str]:
     return [name for name, feature in features.items() if isinstance(feature, kind)]
 
 
-def read_labels(column: list, feature, used: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
-    """Return (N,) int64 indices and the names of the values. `used` (N,): rows that must have a label."""
+def read_labels(column: list, feature, name: str) -> tuple[np.ndarray, list[str]]:
+    """Return (N,) int64 indices and the names of the values. A missing value becomes the null label."""
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
-        labels = np.array([-1 if value is None else value for value in column], dtype=np.int64)
+        labels = np.array([-1 if value is None else value for value in column], dtype=np.int64)  # -1: no label
     else:
         if any(isinstance(value, (float, list, dict, bytes)) for value in column):
             raise UserError(f"data.label_column: {name} must hold strings, integers or booleans (it has type {feature})")
-        values = sorted({value for value in column if value is not None})
+        values = sorted({value for value in column if value is not None and str(value).strip()})
         index = {value: i for i, value in enumerate(values)}
         names = [{True: "yes", False: "no"}[v] if isinstance(v, bool) else str(v) for v in values]
         labels = np.array([index.get(value, -1) for value in column], dtype=np.int64)
-    if missing := int(((labels < 0) & used).sum()):
-        raise UserError(
-            f"data.label_column: {missing:,} images for training or validation have no {name}; choose splits with data.split"
-        )
-    return np.maximum(labels, 0), names  # hidden labels of a test split are never used
+    return np.where(labels < 0, len(names), labels), names
 
 
 def read_captions(column: list, name: str) -> list[list[str]]:
@@ -184,8 +180,14 @@ def read_dataset(cfg: DataConfig) -> dict:
 
     labels, label_names = [], {}
     for name in label_columns:
-        values, label_names[name] = read_labels(column(name), features[name], split != TEST, name)
-        labels.append(values)
+        indices, names = read_labels(column(name), features[name], name)
+        if (indices < len(names)).any():
+            labels.append(indices)
+            label_names[name] = names
+        elif cfg.label_column:
+            raise UserError(f"data.label_column: no image of {cfg.path} has a value of {name}")
+        else:
+            print(f"note: column {name} is not used as a label, because no image has a value")
     return dict(
         names=[f"{name}-{i:08d}" for name, part in zip(codes, parts) for i in range(len(part))],
         read=image_reader(parts, image_column, cfg),

@@ -78,6 +78,11 @@ class DatasetIndex:
         if source.label_names:
             names = [f"{name} ({len(values)})" for name, values in source.label_names.items()]
             lines.append(f"labels: {', '.join(names[:5])}" + (f" and {len(names) - 5} others" if len(names) > 5 else ""))
+            used = self.selected[self.split[self.selected] != TEST]
+            num_null = (source.labels[used] == [len(values) for values in source.label_names.values()]).sum(axis=0)
+            missing = [f"{n:,} without {name}" for n, name in zip(num_null, source.label_names) if n]
+            if missing:
+                lines.append(f"images with the null label: {', '.join(missing)}, of {len(used):,}")
         if source.captions is not None:
             lines.append(f"captions: {sum(map(len, source.captions)):,}")
         return lines

@@ -128,17 +128,20 @@ def reject_missing(missing: list[str], name: str, what: str) -> None:
 
 
 def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tuple[np.ndarray | None, dict[str, list[str]]]:
-    """Return labels (N, K) int64 of the images and the names of their values. A missing value is the null label.
+    """Return labels (N, K) int64 of the images and the names of their values. A missing value becomes the null label.
 
     Labels are the columns with few distinct values (strings, integers or booleans), or data.label_column alone.
     """
     labels, label_names, ignored = [], {}, []
-    for column, by_image in sorted(metadata.columns.items()):
-        if cfg.label_column not in (None, column):
-            continue
+    columns = metadata.columns
+    if cfg.label_column is not None:
+        columns = {cfg.label_column: columns.get(cfg.label_column, {})}
+    for column, by_image in sorted(columns.items()):
         values = [by_image.get(name, "") for name in names]
         texts, problem = _label_texts(values)
         present = {text for text in texts if text is not None}
+        if problem is None and not present:
+            problem = "no image has a value"
         if problem is None and len(present) > MAX_CLASSES:
             problem = f"more than {MAX_CLASSES:,} values"
         if problem is None and cfg.label_column is None:
@@ -153,8 +156,6 @@ def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tupl
         index = {text: i for i, text in enumerate(ordered)}
         labels.append([index.get(text, len(ordered)) for text in texts])
         label_names[column] = ordered
-        if num_missing := sum(text is None for text in texts):
-            print(f"note: {num_missing:,} of {len(names):,} images have no {column} and train the null condition")
     if ignored and cfg.label_column is not None:
         raise UserError(f"data.label_column: {ignored[0]} cannot be a label: use strings, integers or booleans")
     if ignored:

@@ -528,7 +528,7 @@ def test_further_columns_are_labels(tmp_path, capsys, table):
 
 
 def test_missing_and_contradictory_labels(tmp_path, capsys):
-    """A missing label is the null label. A column that differs between the captions of one image is none."""
+    """A missing label becomes the null label. A column that differs between the captions of one image is no label."""
     rows = [
         {"file_name": f"{i:02d}.png", "breed": ["pug", "corgi", None][i % 3], "author": f"{k}"}
         for i in range(12)
@@ -536,8 +536,20 @@ def test_missing_and_contradictory_labels(tmp_path, capsys):
     ]
     source = source_with(tmp_path, rows)
     assert source.labels[:, 0].tolist() == [[1, 0, 2][i % 3] for i in range(12)]
-    out = capsys.readouterr().out
-    assert "note: 4 of 12 images have no breed" in out and "author (differs between rows of one image)" in out
+    assert "author (differs between rows of one image)" in capsys.readouterr().out
+    plan = index_dataset(settings(tmp_path, tmp_path / "in")).describe()
+    assert "images with the null label: 4 without breed, of 12" in plan
+    plan = index_dataset(settings(tmp_path, tmp_path / "in", max_train_images=8)).describe()  # only images that are used
+    assert any("without breed, of 9" in line for line in plan)
+
+
+@pytest.mark.parametrize("values", [[None, None], ["", " "]])
+def test_a_label_that_no_image_has(tmp_path, capsys, values):
+    """An error if data.label_column names it. Otherwise the column is no label."""
+    rows = [{"file_name": f"{i:02d}.png", "breed": values[i % 2], "sex": "mf"[i % 2]} for i in range(12)]
+    assert list(source_with(tmp_path, rows).label_names) == ["sex"]
+    with pytest.raises(UserError, match=r"data.label_column: breed \(no image has a value\)"):
+        index_dataset(settings(tmp_path, tmp_path / "in", label_column="breed"))
 
 
 def test_metadata_in_split_folders_with_classes(tmp_path):
