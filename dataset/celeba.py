@@ -56,7 +56,7 @@ def _read_list(files: Files, stem: str, lists: CelebALists) -> dict[str, list] |
 
 
 def _candidates(files: Files, stem: str):
-    """Yield (path, content) of each such list: first those in data.path, then those in its two parent folders."""
+    """Yield (path, content) of each file with this name: first those in data.path, then in its two parent folders."""
     for name in files.file_stats:
         if PurePosixPath(name).stem == stem and PurePosixPath(name).suffix in SUFFIXES:
             yield name, files.read_text(name)

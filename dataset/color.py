@@ -1,4 +1,4 @@
-"""Pixel values of any bit depth and color profile -> 8 bits per channel in sRGB."""
+"""Convert images of any bit depth and color profile to 8 bits per channel in sRGB."""
 
 import functools
 import io

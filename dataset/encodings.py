@@ -19,7 +19,7 @@ TEXT_FIELDS = ("model", "fingerprint", "pooling", "values", "lengths")
 
 @dataclass
 class CaptionEmbeddings:
-    """Token embeddings of M captions, concatenated without padding. The last caption is empty."""
+    """Token embeddings of M captions, concatenated without padding. The last one is the empty caption."""
 
     model: str  # name or folder of the text encoder
     fingerprint: str  # of the text encoder's weights

@@ -123,7 +123,7 @@ def read_captions(column: list, name: str) -> list[list[str]]:
 
 
 def image_content(entry) -> bytes | None:
-    """Return the image file in an entry of the image column: bytes, or a dictionary with `bytes` or `path`."""
+    """Return the bytes of an image file. The entry holds these bytes, or is a dictionary with `bytes` or `path`."""
     return entry if isinstance(entry, bytes) else entry and (entry.get("bytes") or Path(entry["path"]).read_bytes())
 
 

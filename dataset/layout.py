@@ -25,8 +25,8 @@ class Layout:
 def read_layout(names: list[str]) -> Layout:
     """Infer the layout from the paths of all images.
 
-    If there are split folders, images outside them are left out. If there are class folders, so are the few images outside
-    those.
+    If there are split folders, images outside them are left out. If there are class folders, the few images outside them
+    are left out, too.
     """
     return _read_splits({name: PurePosixPath(name).parent.parts for name in names})
 

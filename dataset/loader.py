@@ -34,7 +34,7 @@ class BatchLoader:
         return f"{self.num_bytes / 1e6:,.0f} MB {placement}"
 
     def batch(self, rows: Tensor, next_rows: Tensor | None = None) -> Tensor:
-        """Return the rows with indices `rows` (B,), on the CPU, as (B, …) on the device. Prefetch `next_rows`."""
+        """Gather the rows with CPU indices `rows` (B,) into (B, …) on the device, and prefetch `next_rows`."""
         if self.resident and self.device.type == "cuda":
             rows = rows.pin_memory()  # copies from pageable memory may block
         if self.resident:

@@ -1,4 +1,4 @@
-"""Frozen text encoders of the `transformers` library: CLIP (Radford et al. 2021), T5, BERT-like ones and others."""
+"""Frozen text encoders of the `transformers` library: CLIP (Radford et al. 2021), T5, BERT and others."""
 
 from importlib.util import find_spec
 from pathlib import Path

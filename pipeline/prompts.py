@@ -20,7 +20,10 @@ YES_NO = {"true": "yes", "on": "yes", "false": "no", "off": "no"}
 
 @dataclass
 class Prompts:
-    """Conditions and titles of the grid's rows. Without titles, all rows have the null condition, or none."""
+    """Conditions and titles of the grid's rows.
+
+    There are no titles if all images have the null condition or the model is unconditional.
+    """
 
     titles: list[str] = field(default_factory=list)
     cond: Cond = ()  # one row per title; () for an unconditional model
@@ -38,7 +41,8 @@ def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.
         if cfg.labels is not None or cfg.prompts is not None:
             key, condition = ("labels", "class") if cfg.labels is not None else ("prompts", "text")
             raise UserError(
-                f"sampling.{key}: this model is unconditional; remove the setting, or train with diffusion.condition={condition}"
+                f"sampling.{key}: this model is unconditional; remove the setting, or train with "
+                f"diffusion.condition={condition}"
             )
         return Prompts()
     if isinstance(conditioner, LabelEmbedder):

@@ -26,7 +26,7 @@ def encodings_path(config: Config) -> Path:
 
 
 def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict]:
-    """Load the frozen VAE of this experiment and its metadata. Raises UserError if its image size or channels differ."""
+    """Load the frozen VAE and its metadata. Raises UserError if its image size or channels differ from data.*."""
     path, data = vae_path(config), config.data
     vae, metadata, _ = load_network(VAE, path, "vae", "train_vae.py", device)
     old, new = tuple(metadata["image_shape"]), (*data.size, data.channels)

@@ -276,7 +276,7 @@ def test_values_are_scaled_alike_in_all_files(tmp_path, make, suffix, options, f
             ".png",
             r"is only 4095: set data.value_range=\[0, 4095\] if white is 4095",
         ),
-        (lambda i: (RAMP * 4095).astype(">u2"), ".tif", "above 4095: set data.value_range"),
+        (lambda i: (RAMP * 4095).astype(">u2"), ".tif", "is only 4095: set data.value_range"),
         (lambda i: RAMP * 255, ".tif", "float values, 0 to 255, are not in 0 to 1: set data.value_range"),
         (lambda i: (RAMP * 4095).astype(np.int32), ".tif", "32-bit values is unknown: set data.value_range"),
         (lambda i: np.where(RAMP > 0.5, np.nan, RAMP), ".tif", "00.tif: it contains NaN"),
@@ -298,7 +298,7 @@ def test_16_bit_color_images_must_use_their_range(tmp_path):
         if scale == 16:
             assert (load_images(config).pixels == 255).all()
         else:
-            with pytest.raises(UserError, match="largest value in 12 16-bit images is only 3840: convert the images to 8 bits"):
+            with pytest.raises(UserError, match="largest value in 12 16-bit images is only 3840: convert the images to 8"):
                 index_dataset(config)
 
 
