@@ -1,13 +1,15 @@
-"""Image cache: decode, crop and resize all images once, into a memory-mapped uint8 array."""
+"""Image cache: index a dataset, decode its images once, and open them as a memory-mapped uint8 array.
+
+The files of a cache are read and written by cache_format.py.
+"""
 
 import hashlib
-import io
 import json
 import math
 import os
 import shutil
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -17,38 +19,30 @@ from tqdm import tqdm
 
 from config import Config
 from dataset import TEST, TRAIN, VAL, evenly_spaced
+from dataset.cache_format import (
+    CACHE_VERSION,
+    CHECKSUMS,
+    JOURNAL,
+    PIXELS,
+    Block,
+    Images,
+    open_cache,
+    partial_dir,
+    read_journal,
+    write_tables,
+)
 from dataset.sources import SOURCES, Source
 from utils import distributed
-from utils.checksums import checksum, in_background
+from utils.checksums import checksum
 from utils.errors import UserError
-from utils.files import first_line, make_dir, remove_leftovers, require_space, write_atomically
+from utils.files import make_dir, remove_leftovers, require_space
 from utils.locks import locked
 
 MIN_TRAIN_IMAGES = 8
 MAX_DAMAGED_FRACTION = 0.01  # a larger fraction of unreadable images is an error
-ABORT_AFTER_DAMAGED = 100  # stop decoding at this many unreadable images, if they exceed MAX_DAMAGED_FRACTION
+ABORT_AFTER_DAMAGED = 100  # stop decoding at more unreadable images, if they also exceed MAX_DAMAGED_FRACTION
 BLOCK_SIZE = 64  # images per block; a block is decoded by one thread and has one checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)  # blocks that are decoded ahead of the one being written
-CACHE_VERSION = 7  # increase when the format changes
-CHECKSUMS = "checksums.json"  # written last: a cache without it is incomplete
-TABLES = ("split.npy", "labels.npy", "meta.json")
-
-
-@dataclass
-class Images:
-    """A dataset of N decoded images."""
-
-    pixels: np.ndarray  # (N, height, width, C) uint8, memory-mapped
-    split: np.ndarray  # (N,) TRAIN, VAL or TEST
-    labels: np.ndarray | None  # (N, K) int64
-    label_names: dict[str, list[str]]
-    captions: list[list[str]] | None  # at least one per image
-    fingerprint: str  # of pixels and split
-    verified: Future  # result() waits for the pixels' checksums and raises UserError; call it before saving any results
-
-    def rows(self, split: int, at_most: int | None = None) -> np.ndarray:
-        """Return the indices of the images of a split. If limited, they are evenly spaced: files may be sorted by class."""
-        return evenly_spaced(np.flatnonzero(self.split == split), at_most)
 
 
 @dataclass
@@ -132,7 +126,7 @@ def index_dataset(config: Config) -> DatasetIndex:
         cache_dir=Path(config.runs_dir) / "cache" / cache_name,
     )
     if not index.cache_dir.exists():
-        partial = partial_dir(index.cache_dir) / "pixels.u8"
+        partial = partial_dir(index.cache_dir) / PIXELS
         num_bytes = int(1.1 * len(index.selected) * index.image_bytes)
         require_space(index.cache_dir, num_bytes - (partial.stat().st_size if partial.exists() else 0))
     if index.num_images(TRAIN) < MIN_TRAIN_IMAGES or index.num_images(VAL) < 1:
@@ -179,7 +173,8 @@ def build_cache(index: DatasetIndex) -> None:
         make_dir(partial)
         note_other_caches(cache_dir)
         try:
-            write_tables(index, partial, decode_blocks(index, partial))
+            blocks = decode_blocks(index, partial)
+            write_tables(partial, blocks, *table_contents(index, blocks))
         except UserError:  # too many damaged images
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -190,11 +185,6 @@ def build_cache(index: DatasetIndex) -> None:
         os.replace(partial, cache_dir)
 
 
-def partial_dir(cache_dir: Path) -> Path:
-    """Return the folder in which a cache is built: pixels.u8, and a journal with one line per block in it."""
-    return cache_dir.with_name(f".{cache_dir.name}.partial")
-
-
 def note_other_caches(cache_dir: Path) -> None:
     """Print other caches of the same source and data.path. They have other settings or are older than a changed file."""
     same_path = cache_dir.name.rpartition("-")[0].rpartition("-")[2]
@@ -202,29 +192,9 @@ def note_other_caches(cache_dir: Path) -> None:
         if other.is_dir() and f"-{same_path}-" in other.name and other not in (cache_dir, partial_dir(cache_dir)):
             num_bytes = sum(file.stat().st_size for file in other.iterdir())
             print(
-                f"note: {other} ({num_bytes / 1e6:,.0f} MB) is a cache of the same data.path with other settings or older files; "
+                f"note: {other} ({num_bytes / 1e6:,.0f} MB) is a cache of this data.path with other settings or older files; "
                 f"if you do not need it: rm -r {other}"
             )
-
-
-@dataclass
-class Block:
-    """Consecutive images that were decoded together, as described by a line of the journal."""
-
-    num_images: int  # number of readable images, which pixels.u8 holds
-    damaged: list[tuple[int, str]]  # unreadable images: (index in the source, error message)
-    checksum: str  # of the pixels of the readable images
-
-    def line(self) -> str:
-        """Return a line of the journal: the checksum of the JSON text, a space, and the JSON text."""
-        text = json.dumps(vars(self))
-        return f"{checksum(text.encode())} {text}\n"
-
-    @classmethod
-    def parse(cls, line: bytes) -> "Block | None":
-        """Parse a line of the journal; return None if it is damaged."""
-        stored, _, text = line.partition(b" ")
-        return cls(**json.loads(text)) if stored == checksum(text).encode() else None
 
 
 def decode_blocks(index: DatasetIndex, folder: Path) -> list[Block]:
@@ -237,8 +207,8 @@ def decode_blocks(index: DatasetIndex, folder: Path) -> list[Block]:
         print(f"continuing the image cache after {sum(map(len, indices[: len(blocks)])):,} of {len(selected):,} images")
     damaged = [entry for block in blocks for entry in block.damaged]
     with (
-        open(folder / "pixels.u8", "ab") as file,
-        open(folder / "journal", "a") as journal,
+        open(folder / PIXELS, "ab") as file,
+        open(folder / JOURNAL, "a") as journal,
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow decodes without holding the GIL
         tqdm(total=len(selected), initial=len(selected) - sum(map(len, todo)), desc="reading images", unit="img") as bar,
     ):
@@ -270,52 +240,19 @@ def _read_in_order(source: Source, blocks: list[list[int]], pool: ThreadPoolExec
         yield images
 
 
-def read_journal(folder: Path, image_bytes: int) -> list[Block]:
-    """Return the intact blocks of an interrupted build. Truncate pixels.u8 and the journal after the last of them."""
-    blocks: list[Block] = []
-    pixels, journal = folder / "pixels.u8", folder / "journal"
-    if not (pixels.is_file() and journal.is_file()):
-        shutil.rmtree(folder)
-        make_dir(folder)
-        return blocks
-    with open(pixels, "rb+") as file:
-        for line in journal.read_bytes().splitlines():
-            block = Block.parse(line)
-            if block is None or checksum(file.read(block.num_images * image_bytes)) != block.checksum:
-                break
-            blocks.append(block)
-        file.truncate(sum(block.num_images for block in blocks) * image_bytes)
-    journal.write_text("".join(block.line() for block in blocks))
-    return blocks
-
-
-def write_tables(index: DatasetIndex, folder: Path, blocks: list[Block]) -> None:
-    """Write the split, labels and other metadata of the readable images, and the checksums of all files."""
+def table_contents(index: DatasetIndex, blocks: list[Block]) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Return the split (N,), labels (N, K) and other metadata of the readable images, for write_tables()."""
     source, damaged = index.source, {i for block in blocks for i, _ in block.damaged}
     good = [i for i in index.selected.tolist() if i not in damaged]
-    split, labels = index.split[good], np.zeros((len(good), 0), dtype=np.int64)
-    checksums = {"pixels.u8": [(block.num_images, block.checksum) for block in blocks]}
+    labels = np.zeros((len(good), 0), dtype=np.int64) if source.labels is None else source.labels[good]
     meta = dict(
         count=len(good),
         image_shape=index.image_shape,
         label_names=source.label_names,
         names=[source.names[i] for i in good],
         captions=[source.captions[i] for i in good] if source.captions is not None else None,
-        # The fingerprint does not cover the labels, because the VAE does not depend on them.
-        fingerprint=hashlib.sha256(json.dumps(checksums).encode() + split.tobytes()).hexdigest()[:16],
     )
-    labels = labels if source.labels is None else source.labels[good]
-    for name, content in zip(TABLES, (_npy(split), _npy(labels), json.dumps(meta).encode())):
-        checksums[name] = checksum(content)
-        write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
-    write_atomically(folder / CHECKSUMS, lambda temporary: temporary.write_text(json.dumps(checksums)))
-    (folder / "journal").unlink()
-
-
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
+    return index.split[good], labels, meta
 
 
 def report_damaged(cache_dir: Path, damaged: list[str], total: int) -> None:
@@ -328,54 +265,3 @@ def report_damaged(cache_dir: Path, damaged: list[str], total: int) -> None:
     if len(damaged) > MAX_DAMAGED_FRACTION * total:
         raise UserError(f"data: {message} (more than {MAX_DAMAGED_FRACTION:.0%} is an error)")
     print(message)
-
-
-def open_cache(cache_dir: Path) -> Images:
-    """Open a cache. The pixels are verified in the background (Images.verified), all other files before returning."""
-    try:
-        checksums = json.loads((cache_dir / CHECKSUMS).read_bytes())
-        split, labels, meta = (_read_verified(cache_dir / name, checksums[name]) for name in TABLES)
-        split, labels, meta = np.load(io.BytesIO(split)), np.load(io.BytesIO(labels)), json.loads(meta)
-        shape = (meta["count"], *meta["image_shape"])
-        path, blocks = cache_dir / "pixels.u8", [Block(n, [], digest) for n, digest in checksums["pixels.u8"]]
-        if path.stat().st_size != math.prod(shape) or sum(block.num_images for block in blocks) != meta["count"]:
-            raise ValueError("pixels.u8 has the wrong size")
-        # Mode "c" (copy on write): torch warns when it wraps read-only memory.
-        pixels = np.memmap(path, dtype=np.uint8, mode="c", shape=shape)
-    except Exception as error:  # damaged files cause many exception types
-        raise _damaged(cache_dir, error) from None
-    return Images(
-        pixels=pixels,
-        split=split,
-        labels=labels if labels.shape[1] else None,
-        label_names=meta["label_names"],
-        captions=meta["captions"],
-        fingerprint=meta["fingerprint"],
-        verified=in_background(lambda: verify_pixels(cache_dir, blocks, math.prod(shape[1:]))),
-    )
-
-
-def _damaged(cache_dir: Path, error: Exception) -> UserError:
-    return UserError(
-        f"the image cache {cache_dir} is damaged ({first_line(error)}): remove it and run the same command again"
-    )
-
-
-def _read_verified(path: Path, expected: str) -> bytes:
-    content = path.read_bytes()
-    if checksum(content) != expected:
-        raise ValueError(f"the checksum of {path.name} does not match")
-    return content
-
-
-def verify_pixels(cache_dir: Path, blocks: list[Block], image_bytes: int) -> None:
-    """Compare the pixels of every block with its checksum. Raise UserError if one differs."""
-    first = 0
-    try:
-        with open(cache_dir / "pixels.u8", "rb") as file:
-            for block in blocks:
-                if checksum(file.read(block.num_images * image_bytes)) != block.checksum:
-                    raise ValueError(f"the checksum of images {first} to {first + block.num_images - 1} does not match")
-                first += block.num_images
-    except Exception as error:  # a read error of the disk, or wrong types in checksums.json
-        raise _damaged(cache_dir, error) from None
