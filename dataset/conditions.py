@@ -25,9 +25,9 @@ REMEDY = (
 
 @dataclass
 class Conditions:
-    """Conditions of all images of a split."""
+    """Conditions of a set of images."""
 
-    gather: Callable[[Tensor], Cond]  # image indices (B,) on the CPU -> conditions on the device, with random captions
+    gather: Callable[[Tensor], Cond]  # CPU indices (B,) -> conditions on the device, with a random caption of each image
     fingerprint: str  # of the labels or captions
 
 

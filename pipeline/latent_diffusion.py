@@ -242,18 +242,18 @@ def _make_forward(net: UNet, cuda_graphs: bool) -> Forward:
 
 
 def load_guidance_net(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint, device: torch.device) -> UNet | None:
-    """Load the U-Net of sampling.autoguidance; None if not set. Raises UserError if this U-Net cannot be guided."""
+    """The network of sampling.autoguidance, or None. Refuses guidance for which this U-Net was not trained."""
     path, metadata, conditioner = checkpoint.path, checkpoint.metadata, unet.conditioner
     if cfg.autoguidance is None:
         if cfg.guidance != 1 and conditioner is None:
             raise UserError(
-                f"sampling.guidance must be 1 for an unconditional model (got {cfg.guidance:g}), unless "
-                f"sampling.autoguidance names a weaker U-Net, such as a snapshot of training (diffusion.snapshot_every)"
+                f"sampling.guidance must be 1 for an unconditional model (got {cfg.guidance:g}), "
+                f"or name a weaker U-Net with sampling.autoguidance (diffusion.snapshot_every keeps some)"
             )
         if cfg.guidance != 1 and metadata.get("cfg_dropout") == 0 and not conditioner.trains_null_condition:
             raise UserError(
-                f"sampling.guidance must be 1 (got {cfg.guidance:g}): {path} was trained with diffusion.cfg_dropout=0 and "
-                f"has never seen the null condition; to use guidance, train with diffusion.cfg_dropout=0.1"
+                f"sampling.guidance must be 1 (got {cfg.guidance:g}): {path} was trained with diffusion.cfg_dropout=0, so it has "
+                f"never seen the null condition; train with diffusion.cfg_dropout=0.1 to use guidance"
             )
         return None
     weaker_path = Path(cfg.autoguidance)
