@@ -37,7 +37,7 @@ import create_encodings
 import infer
 import train_diffusion
 import train_vae
-from dataset import image_cache
+from dataset import cache_format, image_cache
 from dataset.encodings import LatentDataset
 from dataset.image_cache import index_dataset, load_images
 from utils.checkpoints import load_tensors, load_weights
@@ -280,7 +280,7 @@ class DamagedPartialCache:
         config = self.config(reference)
         self.expected = {path.name: path.read_bytes() for path in index_dataset(config).cache_dir.iterdir()}
         index = index_dataset(self.config(folder / "partial"))
-        self.partial, read, calls = image_cache.partial_dir(index.cache_dir), index.source.read, []
+        self.partial, read, calls = cache_format.partial_dir(index.cache_dir), index.source.read, []
 
         def interrupted_read(indices: list[int]) -> list:
             calls.append(indices)
@@ -297,7 +297,7 @@ class DamagedPartialCache:
 
     def __call__(self, rng: random.Random, folder: Path) -> list[str]:
         index = index_dataset(self.config(folder))
-        partial = image_cache.partial_dir(index.cache_dir)
+        partial = cache_format.partial_dir(index.cache_dir)
         shutil.copytree(self.partial, partial)
         path = rng.choice(sorted(partial.iterdir()))
         put(path, damaged(rng, path.read_bytes()))

@@ -1,4 +1,4 @@
-"""Captions in tables, in a .txt or .caption file per image, or in COCO annotations."""
+"""Read captions from metadata tables, from a .txt or .caption file per image, or from COCO annotations."""
 
 import json
 import re
@@ -15,7 +15,7 @@ TEXT_SUFFIXES = (".txt", ".caption")
 
 
 def read_sidecars(files: Files, cfg: DataConfig) -> Metadata:
-    """Read metadata.csv, metadata.jsonl and captions.jsonl, and X.txt and X.caption of each image X.jpg, a caption per line."""
+    """Read all metadata tables, and the captions of each image X.jpg from X.txt and X.caption (one caption per line)."""
     metadata = read_tables(files, cfg)
     for image in files.images:
         for suffix in TEXT_SUFFIXES:
@@ -32,9 +32,9 @@ def _nonempty_lines(content: str) -> list[str]:
 
 
 def read_coco(files: Files) -> Metadata:
-    """Read COCO's annotations/captions_train2017.json for train2017/, and the same for val.
+    """Read the captions and splits of COCO: annotations/captions_train2017.json describes the images in train2017/.
 
-    A file is ignored if none of its images exist.
+    The name of an annotation file gives the split, train or val. A file is ignored if none of its images exist.
     """
     annotation_files = [n for n in files.file_stats if re.fullmatch(r"captions_(train|val)\d*\.json", Path(n).name)]
     if not annotation_files:
@@ -45,7 +45,7 @@ def read_coco(files: Files) -> Metadata:
     paths = {"/".join(PurePosixPath(n).parts[-2:]): n for n in files.images}  # "train2017/000000000009.jpg" -> path
     captions = Metadata(file_stats=[[name, files.file_stats[name]] for name in annotation_files])
     for name in annotation_files:
-        subset = Path(name).stem.removeprefix("captions_")  # train2017
+        subset = Path(name).stem.removeprefix("captions_")  # "train2017", also the folder of the images
         try:
             content = json.loads(files.read_text(name))
             image_names = {image["id"]: f"{subset}/{image['file_name']}" for image in content["images"]}

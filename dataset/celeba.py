@@ -1,4 +1,4 @@
-"""CelebA's list_attr_celeba and list_eval_partition, as .txt or as Kaggle's .csv: attributes and official split."""
+"""Read CelebA's attributes (list_attr_celeba) and official split (list_eval_partition) from .txt or Kaggle's .csv files."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ from utils.files import first_line
 
 PARTITION, ATTRIBUTES = "list_eval_partition", "list_attr_celeba"
 SUFFIXES = (".txt", ".csv")
-LIST_FOLDERS = (".", "Anno", "Eval")  # of the folders around the images, as in the original download
+LIST_FOLDERS = (".", "Anno", "Eval")  # relative to a parent folder of the images; the original download has Anno and Eval
 
 
 @dataclass
 class CelebALists:
-    split: np.ndarray | None = None  # (N,) the lists have the same ids: 0 train, 1 val, 2 test
+    split: np.ndarray | None = None  # (N,) TRAIN, VAL or TEST; the list has the same ids
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)
-    file_stats: list = field(default_factory=list)
+    file_stats: list = field(default_factory=list)  # [path, SHA-256] of each list
 
 
 def read_lists(files: Files, names: list[str]) -> CelebALists:
-    """Read the lists from data.path or the folders around it."""
+    """Read the lists for the images `names` from data.path or its two parent folders. A missing list gives None."""
     lists = CelebALists()
     if (partition := _read_list(files, PARTITION, lists)) is not None:
         lists.split = np.array(_rows_of(names, partition, 1, PARTITION), dtype=np.uint8)[:, 0]
@@ -38,7 +38,7 @@ def read_lists(files: Files, names: list[str]) -> CelebALists:
 
 
 def _read_list(files: Files, stem: str, lists: CelebALists) -> dict[str, list] | None:
-    """Return {image: numbers}, and {"": column names} of the attributes; None if there is no such list."""
+    """Return image -> its numbers, or None if the list does not exist. The key "" holds the names of the attributes."""
     for name, content in _candidates(files, stem):
         lists.file_stats.append([name, hashlib.sha256(content.encode()).hexdigest()])
         rows = [line.replace(",", " ").split() for line in content.splitlines() if line.strip()]
@@ -48,7 +48,7 @@ def _read_list(files: Files, stem: str, lists: CelebALists) -> dict[str, list] |
                 header, *rows = rows
                 table = {"": header[1:]} if stem == ATTRIBUTES else {}
             elif stem == ATTRIBUTES:
-                _, table[""], *rows = rows  # the first line is the number of images
+                _, table[""], *rows = rows  # number of images; names of the attributes; one line per image
             return table | {image: [int(number) for number in numbers] for image, *numbers in rows}
         except ValueError as error:
             raise UserError(f"{name}: CelebA's list has an unexpected format ({first_line(error)})") from None
@@ -56,7 +56,7 @@ def _read_list(files: Files, stem: str, lists: CelebALists) -> dict[str, list] |
 
 
 def _candidates(files: Files, stem: str):
-    """Yield (path, content) of lists in data.path, then of those in the two folders around it."""
+    """Yield (path, content) of each file with this name: first those in data.path, then in its two parent folders."""
     for name in files.file_stats:
         if PurePosixPath(name).stem == stem and PurePosixPath(name).suffix in SUFFIXES:
             yield name, files.read_text(name)
@@ -67,7 +67,7 @@ def _candidates(files: Files, stem: str):
 
 
 def _rows_of(names: list[str], table: dict[str, list], length: int, stem: str) -> list[list]:
-    """Rows of the images. The lists name .jpg files even for .png images."""
+    """Return the row of each image. A .png image has the row of the .jpg file, because the lists name only .jpg files."""
     rows = [table.get(Path(n).name, table.get(Path(n).with_suffix(".jpg").name, ())) for n in names]
     missing = [name for name, row in zip(names, rows) if len(row) != length]
     if missing:

@@ -1,4 +1,4 @@
-"""Pixel values of any bit depth and color profile -> 8 bits per channel in sRGB."""
+"""Convert images of any bit depth and color profile to 8 bits per channel in sRGB."""
 
 import functools
 import io
@@ -10,15 +10,15 @@ from PIL import Image, ImageCms
 from utils.errors import UserError
 
 BITS_PER_SAMPLE = 258  # TIFF tag
-OVERSHOOT = 0.1  # of float images beyond 0 … 1, left by resampling filters
-AMBIGUOUS_BITS = 14  # 16-bit images without larger values probably hold 10, 12 or 14 bits
-NUM_PROBED = 32  # images of a set for check_value_range()
+OVERSHOOT = 0.1  # tolerance for float values outside 0 … 1: resampling filters overshoot at edges
+AMBIGUOUS_BITS = 14  # 16-bit files whose values all fit in 14 bits may hold 10-, 12- or 14-bit images
+NUM_PROBED = 32  # images of a dataset that check_value_range() reads
 REMEDY = "set data.value_range=[black, white]"
 SRGB = ImageCms.createProfile("sRGB")
 
 
 def stored_range(image: Image.Image) -> tuple[float, float] | None:
-    """Values of black and white in a gray image of more than 8 bits, by its file format; None if unknown."""
+    """Return the values of black and white that the file format defines for a gray image of more than 8 bits, or None."""
     if image.mode == "F":
         return 0.0, 1.0
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales PPM to 16 bits
@@ -30,9 +30,11 @@ def stored_range(image: Image.Image) -> tuple[float, float] | None:
 
 
 def to_8_bit_srgb(image: Image.Image, value_range: Sequence[float] | None) -> Image.Image:
-    """Scale gray images of more than 8 bits; convert Lab and embedded color profiles to sRGB. Keeps transparency.
+    """Convert an image to 8 bits per channel and to sRGB. Transparency is preserved.
 
-    value_range is that of data.value_range; None: the range of the file format. A damaged profile, or one of another color space than the image, is ignored.
+    A color profile that is damaged or made for another color space than that of the image is ignored.
+
+    value_range: data.value_range, the values of black and white in gray images of more than 8 bits; None: by file format
     """
     if image.mode.startswith("I") or image.mode == "F":
         image = scale_to_8_bit(image, value_range)
@@ -55,7 +57,7 @@ def to_8_bit_srgb(image: Image.Image, value_range: Sequence[float] | None) -> Im
 
 
 def scale_to_8_bit(image: Image.Image, value_range: Sequence[float] | None) -> Image.Image:
-    """Map value_range to 0 … 255. Raises ValueError if it is None and the format does not determine the range."""
+    """Map the values of black and white to 0 and 255. Raises ValueError if neither value_range nor the format gives them."""
     low, high = value_range or stored_range(image) or (None, None)
     if low is None:
         raise ValueError(f"the range of its 32-bit values is unknown: {REMEDY}")
@@ -71,12 +73,12 @@ def scale_to_8_bit(image: Image.Image, value_range: Sequence[float] | None) -> I
 
 @functools.lru_cache(maxsize=64)
 def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Conversion from an ICC profile to sRGB; None if there is nothing to convert or the profile does not fit the mode."""
+    """Return the conversion from an ICC profile to sRGB; None if the profile is sRGB, damaged, or made for another mode."""
     try:
         transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), SRGB, mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
-    if mode == "RGB":  # most embedded profiles are sRGB: keep the exact values
+    if mode == "RGB":  # most embedded profiles are sRGB: recognize them by test colors, and keep the exact pixel values
         levels = np.arange(0, 256, 51, dtype=np.uint8)
         cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(6, 36, 3)
         difference = np.asarray(transform.apply(Image.fromarray(cube))).astype(int) - cube
@@ -85,24 +87,25 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
 
 
 def check_value_range(names: Iterable[str], open_file: Callable[[str], BinaryIO], known: bool) -> None:
-    """Raise UserError if the pixel value of white is unknown, as in some 16-bit and float images.
+    """Raise UserError if it is unclear which pixel value is white, as in some 16-bit and float images.
 
-    names: some files of the dataset, whose images must all have the same range of values
+    names: a sample of the dataset's files; one value range applies to all images
     known: whether data.value_range is set
     """
     num_16_bit, highest, suggestion = 0, 0, ""
     for name in names:
         try:
             with open_file(name) as file, Image.open(file) as image:
-                is_color = ";16" in str(image.tile) and not image.mode.startswith("I")  # Pillow drops the lower 8 bits
+                # 16 bits per color channel, of which Pillow reads the upper 8
+                is_color = ";16" in str(image.tile) and not image.mode.startswith("I")
                 if known and not is_color or not (is_color or image.mode.startswith("I") or image.mode == "F"):
                     continue
                 values = np.asarray(image)
-        except Exception:  # damaged: reported when all images are read
+        except Exception:  # damaged images are reported when the whole dataset is read
             continue
         if is_color or stored_range(image) == (0, 65535):
             num_16_bit, highest = num_16_bit + 1, max(highest, int(values.max()) * (256 if is_color else 1))
-            suggestion = "convert them to 8 bits" if is_color else suggestion
+            suggestion = "convert the images to 8 bits per channel" if is_color else suggestion
             continue
         try:
             scale_to_8_bit(image, None)
@@ -111,6 +114,6 @@ def check_value_range(names: Iterable[str], open_file: Callable[[str], BinaryIO]
     if num_16_bit and highest < 2**AMBIGUOUS_BITS:
         bits = max(8, highest.bit_length())
         suggestion = suggestion or (
-            f"set data.value_range=[0, {2**bits - 1}] if they hold {bits} bits, or [0, 65535] to leave them dark"
+            f"set data.value_range=[0, {2**bits - 1}] if white is {2**bits - 1}, or [0, 65535] if the images are really dark"
         )
-        raise UserError(f"data.path: no value in {num_16_bit} 16-bit images is above {highest}: {suggestion}")
+        raise UserError(f"data.path: the largest value in {num_16_bit} 16-bit images is only {highest}: {suggestion}")

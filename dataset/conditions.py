@@ -1,4 +1,4 @@
-"""Conditions (labels, captions) of training and validation images."""
+"""Labels or captions of the training and validation images, as conditions for the U-Net."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from dataset.encodings import LatentDataset
 from models.conditioning import Cond, Conditioner, LabelEmbedder, TextEmbedder, WordEncoder, split_words
 from utils.errors import UserError
 
-MIN_WORD_COUNT = 2  # rarer words are treated as unknown
-MAX_VOCABULARY = 10_000  # also the maximum number of word pairs
+MIN_WORD_COUNT = 2  # a word that occurs in fewer captions is treated as unknown
+MAX_VOCABULARY = 10_000  # maximum number of words, and of word pairs
 REMEDY = (
     "run create_encodings.py with the original data.* and text.* settings, or train_diffusion.py with another diffusion.name"
 )
@@ -67,7 +67,10 @@ def conditioning_settings(config: Config, dataset: LatentDataset) -> dict | None
 def check_condition(
     config: Config, label_names: dict[str, list[str]], captions: list[list[str]] | None, origin: str
 ) -> None:
-    """Refuse a diffusion.condition for which the images of `origin` have no labels or captions."""
+    """Raise UserError if the images lack the labels or captions that diffusion.condition needs.
+
+    origin: source or file of the images, for the error message
+    """
     cfg = config.diffusion
     if cfg.condition == "class":
         if not label_names:
@@ -92,7 +95,7 @@ def check_condition(
 
 
 def build_vocabulary(captions: list[list[str]]) -> tuple[list[str], list[str]]:
-    """Return the most frequent words and pairs of adjacent words ("red shirt"), both sorted alphabetically."""
+    """Return the most frequent words, and the most frequent pairs of adjacent words ("red shirt"), sorted alphabetically."""
     word_counts, pair_counts = Counter(), Counter()
     for caption in chain.from_iterable(captions):
         words = split_words(caption)
@@ -109,14 +112,17 @@ def _most_frequent(counts: Counter) -> list:
 
 
 def conditions_for_split(conditioner: Conditioner, dataset: LatentDataset, split: int, device: torch.device) -> Conditions:
-    """Return the conditions of TRAIN or VAL images. Refuses a dataset with other labels or text encoder than in training."""
+    """Return the conditions of the TRAIN or VAL images.
+
+    Raises UserError if the dataset has other labels or another text encoder than the model was trained with.
+    """
     if isinstance(conditioner, LabelEmbedder):
         for name, values in conditioner.names.items():
             if dataset.label_names.get(name) != values:
-                dataset_values = ", ".join(dataset.label_names.get(name, ["no such label"])[:10])
+                dataset_values = ", ".join(dataset.label_names.get(name, ["none"])[:10])
                 raise UserError(
-                    f"the labels of encodings.pt differ from those the model was trained with "
-                    f"({name}: {dataset_values}): {REMEDY}"
+                    f"encodings.pt has other values of the label {name} ({dataset_values}) than the model was trained with: "
+                    f"{REMEDY}"
                 )
         columns = [list(dataset.label_names).index(name) for name in conditioner.names]
         labels = (dataset.val_labels if split == VAL else dataset.labels)[:, columns]
@@ -132,14 +138,14 @@ def conditions_for_split(conditioner: Conditioner, dataset: LatentDataset, split
             f"the captions of encodings.pt were embedded by {encoder}, "
             f"but the model was trained with {conditioner.model}: {REMEDY}"
         )
-    offset = sum(map(len, dataset.captions)) if split == VAL else 0
+    offset = sum(map(len, dataset.captions)) if split == VAL else 0  # dataset.text holds the training captions first
     return _caption_conditions(captions, lambda i: dataset.text.tokens(i + offset, device))
 
 
 def val_conditions(conditioner: Conditioner | None, dataset: LatentDataset, n: int, device: torch.device) -> Cond:
-    """Return the conditions of n evenly spaced (if needed, repeated) validation images; () if unconditional.
+    """Return the conditions of n validation images; () for an unconditional model.
 
-    The choice of captions is the same in every call.
+    The images are evenly spaced, and repeated if there are fewer than n. Every call picks the same captions.
     """
     return () if conditioner is None else titled_val_conditions(conditioner, dataset, n, device)[0]
 
@@ -178,7 +184,7 @@ def _word_token_ids(conditioner: WordEncoder, captions: list[list[str]], device:
 
 
 def _caption_conditions(captions: list[list[str]], look_up: Callable[[Tensor], Cond]) -> Conditions:
-    """`look_up` maps indices into the flat list of captions to conditions."""
+    """look_up: indices into the concatenated captions of all images -> conditions"""
     counts = torch.tensor([len(image_captions) for image_captions in captions])
     starts = counts.cumsum(0) - counts
 

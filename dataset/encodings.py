@@ -19,11 +19,11 @@ TEXT_FIELDS = ("model", "fingerprint", "pooling", "values", "lengths")
 
 @dataclass
 class CaptionEmbeddings:
-    """Token embeddings of M captions, concatenated without padding. The last caption is empty."""
+    """Token embeddings of M captions, concatenated without padding. The last one is the empty caption."""
 
     model: str  # name or folder of the text encoder
     fingerprint: str  # of the text encoder's weights
-    pooling: str  # of TextEmbedder: last or mean
+    pooling: str  # last or mean: how TextEmbedder pools the tokens of a caption
     values: Tensor  # (sum of lengths, D) float16
     lengths: Tensor  # (M,) int64
 
@@ -43,16 +43,19 @@ class CaptionEmbeddings:
         return self.values.shape[1]
 
     def loader(self, device: torch.device) -> BatchLoader:
-        """Create and return the loader from which tokens() reads afterwards."""
+        """Create the loader that tokens() uses from now on, and return it."""
         self._loader = BatchLoader([self.values], device)
         return self._loader
 
     def null(self) -> Tensor:
-        """Return the empty caption, (L, D) float32."""
+        """Return the token embeddings of the empty caption, (L, D) float32."""
         return self.values[int(self._starts[-1]) :].float()
 
     def tokens(self, i: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, L, D) float32 and mask (B, L) of captions i (B,), zero-padded to the longest caption."""
+        """Return the embeddings (B, L, D) float32 and the mask (B, L) of captions i (B,).
+
+        L is the length of the longest of all captions; shorter ones are padded with zeros.
+        """
         positions = torch.arange(self._max_length)
         mask = positions < self.lengths[i, None]
         rows = torch.where(mask, self._starts[i, None] + positions, 0)
@@ -63,39 +66,37 @@ class CaptionEmbeddings:
 
 @dataclass
 class LatentDataset:
-    """VAE means of training and validation images, with labels, captions and provenance."""
+    """Latents of the training and validation images, with labels, captions and the fingerprints of VAE and images."""
 
-    mean: Tensor  # (N, C, h, w) float16 or bfloat16, not normalized
-    mean_flipped: Tensor | None  # of mirrored images, which differ from mirrored latents
-    val_mean: Tensor  # (M, C, h, w)
+    mean: Tensor  # posterior means (N, C, h, w) of the training images, float16 or bfloat16, not normalized
+    mean_flipped: Tensor | None  # (N, C, h, w) of the mirrored images, which differ from mirrored latents
+    val_mean: Tensor  # (M, C, h, w) of the validation images
     normalizer: Normalizer
-    labels: Tensor | None  # (N, K)
+    labels: Tensor | None  # (N, K) int64, K labels per image
     val_labels: Tensor | None  # (M, K)
     label_names: dict[str, list[str]]
     captions: list[list[str]] | None  # at least one per training image
     val_captions: list[list[str]] | None
-    text: CaptionEmbeddings | None  # of training, validation and empty captions, in this order
+    text: CaptionEmbeddings | None  # of the training captions, the validation captions and one empty caption, in this order
     vae_fingerprint: str
     data_fingerprint: str
 
     def differences(self, config: Config) -> list[str]:
-        """Describe the settings that differ from those of this dataset."""
+        """Describe the settings in `config` that differ from those with which this dataset was encoded."""
         normalization = "global" if (self.normalizer.shift == 0).all() else "per_channel"
-        settings = {  # name -> (of this dataset, of config)
+        settings = {  # name -> (value in this dataset, value in config)
             "encodings.normalization": (normalization, config.encodings.normalization),
             "encodings.dtype": (str(self.mean.dtype).removeprefix("torch."), config.encodings.dtype),
             "data.flip": (self.mean_flipped is not None, config.data.flip),
         }
         if config.text.encoder == "pretrained" and self.captions is not None:
-            settings["text.encoder"] = (
-                "pretrained" if self.text else "none",
-                "pretrained",
-            )  # text.fingerprint identifies the model
+            # Compare only whether there are embeddings: create_encodings.py compares the encoders by text.fingerprint.
+            settings["text.encoder"] = ("pretrained" if self.text else "none", "pretrained")
         return [f"{name} was {old}, now {new}" for name, (old, new) in settings.items() if old != new]
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the VAE, the images and the normalizer, which determine the scaled latents."""
+        """Identifier of the VAE, the images and the normalizer, which together determine the normalized latents."""
         return f"{self.vae_fingerprint}-{self.data_fingerprint}-{fingerprint(self.normalizer.state_dict())}"
 
     def save(self, path: Path) -> None:
@@ -122,4 +123,4 @@ class LatentDataset:
                 optional["text"] = CaptionEmbeddings(**optional["text"])
             return cls(normalizer=normalizer, **{**fields, **optional})
         except Exception as error:  # in a file of another version, keys, types and shapes may all be wrong
-            raise UserError(f"{path} was written by another version ({error}): {remedy}") from None
+            raise UserError(f"{path} was written by another version of nanoLDM ({error}): {remedy}") from None

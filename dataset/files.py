@@ -1,4 +1,4 @@
-"""Files in a folder or zip, and image decoding and cropping."""
+"""List the files of a folder or zip; decode, crop and resize images."""
 
 import io
 import os
@@ -18,24 +18,25 @@ from utils.files import first_line, printable
 from utils.images import MODES, over_white
 
 IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm .pbm .pnm .jp2 .tga".split())
-# Files with other suffixes, or none, are images if Pillow recognizes the first bytes as one of these formats.
+# A file with another suffix, or without one, is an image if Pillow recognizes its content as one of these formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "PSD", "QOI", "SGI", "DDS", "AVIF")
 TABLE_SUFFIXES = set(".txt .caption .json .jsonl .csv .tsv .xml .yaml .yml .parquet".split())  # labels and captions
-RAW_SUFFIXES = set(".dng .nef .cr2 .arw .orf .rw2 .pef .srw".split())  # Pillow would read the thumbnail in them
-# Hidden files, and folders and files that operating systems, NAS boxes and archivers add
+RAW_SUFFIXES = set(".dng .nef .cr2 .arw .orf .rw2 .pef .srw".split())  # Pillow would read only the thumbnail
+# Files and folders, in lower case, that operating systems, network drives and archive programs create
 SYSTEM_NAMES = set(
     "__macosx thumbs.db ehthumbs.db desktop.ini icon\r $recycle.bin recycler #recycle @recycle #snapshot @eadir @tmp "
     "@__thumb lost+found __pycache__".split(" ")
 ) | {"system volume information"}
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 CELEBA_SIZE = (178, 218)
-CELEBA_BOXES = {"ddim": (25, 57, 153, 185), "center140": (19, 39, 159, 179)}  # left, top, right, bottom of 178×218
+CELEBA_BOXES = {"ddim": (25, 57, 153, 185), "center140": (19, 39, 159, 179)}  # left, top, right, bottom in a 178×218 image
 
 
 class Files:
-    """The files of a folder or zip by relative path, except hidden and system files. At least one must be an image.
+    """Files of a folder or zip by relative path, without hidden and system files. Raises UserError if none is an image.
 
-    Paths are printable: bytes that are not UTF-8 are escaped. A folder and a zip of it have the same paths in the same order.
+    Bytes of a path that are not UTF-8 are escaped, so that paths can be printed. A folder and a zip made from it give the
+    same paths in the same order.
     """
 
     def __init__(self, path: str | None):
@@ -43,7 +44,7 @@ class Files:
             raise UserError("data.path is not set: set it to a folder or zip of images")
         self.path, self.zip = Path(path), None
         self.skipped: Counter[str] = Counter()  # reason -> number of files
-        self.texts_read: set[str] = set()
+        self.texts_read: set[str] = set()  # files read with read_text()
         if self.path.is_dir():
             entries = self._list_folder()
         elif self.path.is_file() and zipfile.is_zipfile(self.path):
@@ -86,7 +87,7 @@ class Files:
                 return
             for entry in os.scandir(folder):
                 path = folder / entry.name
-                target = path if entry.is_symlink() else entry  # a path ignores endless links
+                target = path if entry.is_symlink() else entry  # for a link to itself, DirEntry.is_dir() would raise
                 if target.is_dir():
                     yield from self._walk(path, (*parents, (status.st_dev, status.st_ino)))
                 elif target.is_file():
@@ -128,8 +129,8 @@ class Files:
             with self.open(name) as file, Image.open(file, formats=FORMATS):
                 return True
         except Image.DecompressionBombError:
-            return True  # reported as damaged
-        except Exception:  # Pillow raises almost any type on other files
+            return True  # too many pixels: reported as damaged when it is decoded
+        except Exception:  # Pillow raises many exception types on files that are not images
             return False
 
     def open(self, name: str) -> BinaryIO:
@@ -141,17 +142,21 @@ class Files:
             return file.read()
 
     def read_text(self, name: str) -> str:
-        """Return a UTF-8 file without its byte order mark."""
+        """Return the content of a UTF-8 file without its byte order mark."""
         self.texts_read.add(name)
         try:
             return self.read(name).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"data.path: {name} is not UTF-8 ({error})") from None
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # no permission, damaged
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # no read permission, or damaged
             raise UserError(f"data.path: {name} cannot be read ({first_line(error)})") from None
 
     def account(self, num_used: int, left_out: dict[str, int]) -> str:
-        """One line that accounts for every file. left_out: reason -> number of images that the source does not use."""
+        """Return one line that says how many files are images, hold captions or labels, or are skipped, and why.
+
+        num_used: images of the dataset
+        left_out: reason -> number of images that are not part of the dataset
+        """
         others = self._entries.keys() - self.texts_read - set(self.images)
         suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in others)
         kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in suffixes.most_common(5)) + (", …" if len(suffixes) > 5 else "")
@@ -168,10 +173,13 @@ def is_system_file(name: str) -> bool:
 
 
 def zip_name(entry: zipfile.ZipInfo) -> str:
-    """Return the path of a zip entry, decoded as unzip does: UTF-8 if valid; else code page 437, or for a zip made on Unix,
-    UTF-8 with escaped invalid bytes."""
+    """Return the path of a zip entry, decoded as the unzip program does.
+
+    Without a flag that gives the encoding, it is UTF-8 if the bytes are valid UTF-8. Otherwise it is code page 437, or, in a
+    zip made on Unix, UTF-8 with escaped invalid bytes.
+    """
     name = entry.filename
-    if not entry.flag_bits & 0x800 and name == entry.orig_filename:  # no UTF-8 flag, no Unicode path field
+    if not entry.flag_bits & 0x800 and name == entry.orig_filename:  # neither a UTF-8 flag nor a Unicode path field
         content = name.encode("cp437")
         try:
             name = content.decode("utf-8")
@@ -182,7 +190,7 @@ def zip_name(entry: zipfile.ZipInfo) -> str:
 
 
 def _stats(entry: Path | zipfile.ZipInfo) -> list[int]:
-    """[size, mtime], or [size, CRC] in a zip"""
+    """Return [size, modification time] of a file or [size, CRC] of a zip entry, to recognize changed files."""
     if isinstance(entry, zipfile.ZipInfo):
         return [entry.file_size, entry.CRC]
     status = entry.stat()
@@ -190,13 +198,18 @@ def _stats(entry: Path | zipfile.ZipInfo) -> list[int]:
 
 
 def decode_image(content: bytes, channels: int = 3, value_range: list[float] | None = None) -> Image.Image:
-    """Decode to gray, RGB or RGBA: upright (EXIF), first frame of an animation, transparency over white unless RGBA."""
+    """Decode an image file to 8-bit gray (1 channel), RGB (3) or RGBA (4).
+
+    EXIF rotation is applied. An animation gives its first frame. Except for RGBA, transparency is composited over white.
+
+    value_range: see to_8_bit_srgb()
+    """
     try:
         image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
         start = f"it starts with {content[:30]!r}" if content else "it is empty"
         raise UnidentifiedImageError(f"not an image that Pillow can read: {start}") from None
-    ImageOps.exif_transpose(image, in_place=True)  # keeps the format, which determines the range of values
+    ImageOps.exif_transpose(image, in_place=True)  # a copy would lose image.format, which to_8_bit_srgb() needs
     image = to_8_bit_srgb(image, value_range)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -205,10 +218,10 @@ def decode_image(content: bytes, channels: int = 3, value_range: list[float] | N
 
 
 def crop_and_resize(image: Image.Image, crop: str, size: tuple[int, int]) -> np.ndarray:
-    """Crop, and resize to size = (height, width): (height, width, C) uint8.
+    """Crop an image, resize it to size = (height, width), and return (height, width, C) uint8.
 
-    center: the largest centered box with the aspect ratio of size. The CelebA boxes, defined for 178x218 images, scale with
-    the image.
+    crop="center" takes the largest centered box with the aspect ratio of `size`. Other crops are the boxes in CELEBA_BOXES,
+    scaled to the size of the image.
     """
     width, height = image.size
     if crop in CELEBA_BOXES:

@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_splits(cfg: DataConfig) -> dict:
-    """Return {split name: datasets.Dataset}. The library keeps the images in memory-mapped files."""
+    """Load data.path and return split name -> datasets.Dataset. The images stay in memory-mapped files of the library."""
     if cfg.path is None:
         raise UserError("data.path is not set: set it to a hub id, or to a folder or file of a dataset")
     import datasets
@@ -33,7 +33,7 @@ def load_splits(cfg: DataConfig) -> dict:
             content = content if isinstance(content, dict) else {"train": content}
         elif path.is_file():
             if path.suffix not in BUILDERS:
-                raise ValueError(f"known file types: {', '.join(BUILDERS)}")
+                raise ValueError(f"supported file types: {', '.join(BUILDERS)}")
             content = datasets.load_dataset(BUILDERS[path.suffix], data_files=cfg.path)
         else:
             content = datasets.load_dataset(cfg.path, cfg.subset)
@@ -55,9 +55,9 @@ def load_splits(cfg: DataConfig) -> dict:
 
 
 def split_codes(splits: dict, cfg: DataConfig) -> dict[str, int]:
-    """Map split names to TRAIN, VAL or TEST. A single split is for training, and test is VAL if there is no other VAL.
+    """Return split name -> TRAIN, VAL or TEST.
 
-    Other splits are left out, with a note.
+    A single split is TRAIN. If there is no validation split, the test split is VAL. Splits with other names are left out.
     """
     if len(splits) == 1:
         return {name: TRAIN for name in splits}
@@ -67,7 +67,7 @@ def split_codes(splits: dict, cfg: DataConfig) -> dict[str, int]:
     if VAL not in codes.values():
         codes = {name: VAL if code == TEST else code for name, code in codes.items()}
     for name in splits.keys() - codes.keys():
-        print(f"note: split {name} of {cfg.path} is left out; to use it alone, set data.split={name}")
+        print(f"note: split {name} of {cfg.path} is not used; to use only this split, set data.split={name}")
     return codes
 
 
@@ -78,7 +78,7 @@ def find_columns(features: dict, cfg: DataConfig) -> tuple[str, list[str], str |
     for key in ("image_column", "label_column", "caption_column"):
         if (name := getattr(cfg, key)) is not None and name not in features:
             raise UserError(f"data.{key}: {cfg.path} has no column {name!r}; it has {', '.join(features)}")
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = _columns(features, datasets.Image)
     if cfg.image_column is None and len(images) != 1:
         raise UserError(
             f"data.image_column must name the column of the images ({len(images)} columns of {cfg.path} are images); "
@@ -90,28 +90,25 @@ def find_columns(features: dict, cfg: DataConfig) -> tuple[str, list[str], str |
 
 
 def _columns(features: dict, kind: type) -> list[str]:
+    """Return the names of the columns whose feature has this type."""
     return [name for name, feature in features.items() if isinstance(feature, kind)]
 
 
-def read_labels(column: list, feature, used: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
-    """Return (N,) int64 indices and the names of the values. `used` (N,): rows that must have a label."""
+def read_labels(column: list, feature, name: str) -> tuple[np.ndarray, list[str]]:
+    """Return (N,) int64 indices and the names of the values. A missing value becomes the null label."""
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
-        labels = np.array([-1 if value is None else value for value in column], dtype=np.int64)
+        labels = np.array([-1 if value is None else value for value in column], dtype=np.int64)  # -1: no label
     else:
         if any(isinstance(value, (float, list, dict, bytes)) for value in column):
             raise UserError(f"data.label_column: {name} must hold strings, integers or booleans (it has type {feature})")
-        values = sorted({value for value in column if value is not None})
+        values = sorted({value for value in column if value is not None and str(value).strip()})
         index = {value: i for i, value in enumerate(values)}
         names = [{True: "yes", False: "no"}[v] if isinstance(v, bool) else str(v) for v in values]
         labels = np.array([index.get(value, -1) for value in column], dtype=np.int64)
-    if missing := int(((labels < 0) & used).sum()):
-        raise UserError(
-            f"data.label_column: {missing:,} images for training or validation have no {name}; choose splits with data.split"
-        )
-    return np.maximum(labels, 0), names  # hidden labels of a test split are never used
+    return np.where(labels < 0, len(names), labels), names
 
 
 def read_captions(column: list, name: str) -> list[list[str]]:
@@ -126,12 +123,15 @@ def read_captions(column: list, name: str) -> list[list[str]]:
 
 
 def image_content(entry) -> bytes | None:
-    """Return the bytes of the image file of a row: bytes, or a dictionary with bytes or path."""
+    """Return the bytes of an image file. The entry holds these bytes, or is a dictionary with `bytes` or `path`."""
     return entry if isinstance(entry, bytes) else entry and (entry.get("bytes") or Path(entry["path"]).read_bytes())
 
 
 def image_reader(parts: list, column: str, cfg: DataConfig):
-    """Return a function from indices into the concatenated parts to decoded images or error messages."""
+    """Return read(indices), which gives a decoded image or an error message for each index.
+
+    parts: the datasets of the splits. Indices refer to their concatenation.
+    """
     starts = np.cumsum([0, *map(len, parts)])
 
     def decode(entry) -> np.ndarray | str:
@@ -140,14 +140,14 @@ def image_reader(parts: list, column: str, cfg: DataConfig):
             if not content:
                 return "the row has no image"
             return crop_and_resize(decode_image(content, cfg.channels, cfg.value_range), cfg.crop_name, cfg.size)
-        except Exception as error:  # PIL raises almost any type on damaged files
+        except Exception as error:  # Pillow raises many exception types on damaged files
             return f"{type(error).__name__}: {error}"
 
     def read(indices: list[int]) -> list[np.ndarray | str]:
-        part = np.searchsorted(starts, indices, side="right") - 1
+        part_of_index = np.searchsorted(starts, indices, side="right") - 1
         images: dict[int, np.ndarray | str] = {}
-        for p in np.unique(part):
-            rows = [int(i) for i in np.asarray(indices)[part == p]]
+        for p in np.unique(part_of_index):
+            rows = [int(i) for i in np.asarray(indices)[part_of_index == p]]
             entries = parts[p][[row - int(starts[p]) for row in rows]][column]
             images |= zip(rows, map(decode, entries))
         return [images[i] for i in indices]
@@ -156,7 +156,7 @@ def image_reader(parts: list, column: str, cfg: DataConfig):
 
 
 def read_dataset(cfg: DataConfig) -> dict:
-    """Return the arguments of Source."""
+    """Load the dataset and return the keyword arguments of sources.Source."""
     import datasets
 
     splits = load_splits(cfg)
@@ -168,7 +168,7 @@ def read_dataset(cfg: DataConfig) -> dict:
     image_column, label_columns, caption_column = find_columns(features, cfg)
     try:
         parts = [splits[name].cast_column(image_column, datasets.Image(decode=False)) for name in codes]
-    except Exception as error:  # not bytes, not a struct of bytes and path: types of several libraries
+    except Exception as error:  # the column does not hold image files: exception types of several libraries
         raise UserError(f"data.image_column: {image_column} of {cfg.path} holds no images ({first_line(error)})") from None
     sample = evenly_spaced(np.arange(len(parts[0])), NUM_PROBED)
     open_file = lambda i: io.BytesIO(image_content(parts[0][int(i)][image_column]))
@@ -180,8 +180,14 @@ def read_dataset(cfg: DataConfig) -> dict:
 
     labels, label_names = [], {}
     for name in label_columns:
-        values, label_names[name] = read_labels(column(name), features[name], split != TEST, name)
-        labels.append(values)
+        indices, names = read_labels(column(name), features[name], name)
+        if (indices < len(names)).any():
+            labels.append(indices)
+            label_names[name] = names
+        elif cfg.label_column:
+            raise UserError(f"data.label_column: no image of {cfg.path} has a value of {name}")
+        else:
+            print(f"note: column {name} is not used as a label, because no image has a value")
     return dict(
         names=[f"{name}-{i:08d}" for name, part in zip(codes, parts) for i in range(len(part))],
         read=image_reader(parts, image_column, cfg),

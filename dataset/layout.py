@@ -1,4 +1,4 @@
-"""Meaning of folders: train/, val/ and test/ are splits, and the folders below them, or the only ones, are classes."""
+"""Infer splits and classes from folder names: train/, val/ and test/ are splits, and other folders are classes."""
 
 import os
 import unicodedata
@@ -8,26 +8,31 @@ from pathlib import PurePosixPath
 
 from dataset import SPLITS, TRAIN
 
-MAX_STRAY_FRACTION = 0.25  # of images next to class folders; with more, the folders are not classes
+MAX_STRAY_FRACTION = 0.25  # folders are not classes if a larger fraction of the training images is outside them
 
 Folders = dict[str, tuple[str, ...]]  # image -> folders that contain it
 
 
 @dataclass
 class Layout:
-    """Splits and classes by image. An image in `left_out` has neither."""
+    """Split and class of each image. Images in `left_out` are not part of the dataset."""
 
-    splits: dict[str, int] = field(default_factory=dict)
-    classes: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, int] = field(default_factory=dict)  # image -> split id; empty if there are no split folders
+    classes: dict[str, str] = field(default_factory=dict)  # image -> class name; empty if there are no class folders
     left_out: dict[str, str] = field(default_factory=dict)  # image -> reason
 
 
 def read_layout(names: list[str]) -> Layout:
-    """Interpret the folders of images. Stray images next to class folders, and anything next to split folders, are left out."""
+    """Infer the layout from the paths of all images.
+
+    If there are split folders, images outside them are left out. If there are class folders, the few images outside them
+    are left out, too.
+    """
     return _read_splits({name: PurePosixPath(name).parent.parts for name in names})
 
 
 def _read_splits(folders: Folders) -> Layout:
+    """Look for split folders, and for class folders inside them."""
     folders = _without_shared(folders)
     for depth in (0, 1):  # train/cat or cat/train
         split_of = {
@@ -49,7 +54,11 @@ def _read_splits(folders: Folders) -> Layout:
 
 
 def _read_classes(folders: Folders, train: set[str]) -> Layout:
-    """Images without a class folder are stray if few of `train` are: test images often have no labels."""
+    """Read the outermost folders as classes and leave out stray images, which are in no folder.
+
+    If too many training images (`train`) are stray, the folders are not classes. Other splits do not count, because test
+    images often have no class folders.
+    """
     folders = _without_shared(folders)
     stray = [name for name, parts in folders.items() if not parts]
     inside = {name: parts for name, parts in folders.items() if parts}
@@ -57,7 +66,8 @@ def _read_classes(folders: Folders, train: set[str]) -> Layout:
         num_folders = len({parts[0] for parts in inside.values()})
         if num_folders > 1:
             print(
-                f"note: the {num_folders} folders are no classes: {len(stray):,} of {len(folders):,} images are in none of them"
+                f"note: the {num_folders} folders are not used as classes: {len(stray):,} of {len(folders):,} images "
+                f"are in none of them"
             )
         return Layout()
     if len({parts[0] for parts in inside.values()}) > 1:
@@ -72,12 +82,12 @@ def _read_classes(folders: Folders, train: set[str]) -> Layout:
 
 
 def _without_shared(folders: Folders) -> Folders:
-    """Remove the outer folders that all images share: zips often wrap everything in one."""
+    """Remove the outer folders that all images share; zips often have one folder around everything."""
     num_shared = len(os.path.commonprefix(list(folders.values())))
     return {name: parts[num_shared:] for name, parts in folders.items()}
 
 
 def describe_left_out(left_out: dict[str, str]) -> dict[str, int]:
-    """Reason, with the first image -> number of images."""
+    """Return reason -> number of images. The reason is followed by the first image as an example."""
     first = {reason: name for name, reason in reversed(left_out.items())}
     return {f"{reason} ({first[reason]})": n for reason, n in Counter(left_out.values()).items()}

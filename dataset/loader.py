@@ -7,14 +7,14 @@ from torch import Tensor
 
 from utils.device import free_memory
 
-MAX_MEMORY_FRACTION = 0.4  # of the free device memory
+MAX_MEMORY_FRACTION = 0.4  # of the free device memory, for a dataset that is kept on the device
 
 
 class BatchLoader:
-    """Load batches of rows from the concatenation of `parts`, CPU tensors such as memory maps.
+    """Load batches of rows from the concatenation of `parts`, which are CPU tensors, for example memory-mapped ones.
 
-    If the parts fit, they are copied to the device and batches are gathered there. Otherwise, a thread gathers the next
-    batch into pinned memory.
+    If all parts fit into device memory, they are copied there once. Otherwise, a thread gathers the next batch into pinned
+    host memory while the current one is in use.
     """
 
     def __init__(self, parts: list[Tensor], device: torch.device):
@@ -27,14 +27,14 @@ class BatchLoader:
                 target.copy_(part)
             self.parts = [whole]
         self._executor = ThreadPoolExecutor(1)
-        self._prefetched: tuple[Tensor, Future] | None = None  # rows and their batch
+        self._prefetched: tuple[Tensor, Future] | None = None  # row indices, and the batch of these rows
 
     def __str__(self) -> str:
         placement = f"on {self.device}" if self.resident else f"prefetched from host memory (too large for {self.device})"
         return f"{self.num_bytes / 1e6:,.0f} MB {placement}"
 
     def batch(self, rows: Tensor, next_rows: Tensor | None = None) -> Tensor:
-        """Return (B, …) on the device, in the stored dtype, for rows (B,) on the CPU; prefetch `next_rows`."""
+        """Gather the rows with CPU indices `rows` (B,) into (B, …) on the device, and prefetch `next_rows`."""
         if self.resident and self.device.type == "cuda":
             rows = rows.pin_memory()  # copies from pageable memory may block
         if self.resident:
@@ -62,14 +62,14 @@ class BatchLoader:
 
 
 class Shuffle:
-    """Infinite stream of shuffled epochs over n items; a function of (seed, position), so there is no state to save."""
+    """Infinite sequence of shuffled epochs over n items. It depends on the seed alone, so resuming needs no saved state."""
 
     def __init__(self, n: int, seed: int):
         self.n, self.seed = n, seed
         self._epochs: dict[int, Tensor] = {}
 
     def indices(self, start: int, count: int) -> Tensor:
-        """Return items start … start+count-1 of the stream, (count,) int64."""
+        """Return items start … start+count-1 of the sequence, (count,) int64."""
         positions = torch.arange(start, start + count)
         first, last = start // self.n, (start + count - 1) // self.n
         self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in range(first, last + 1)}

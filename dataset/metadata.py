@@ -1,4 +1,4 @@
-"""metadata.csv, metadata.jsonl and captions.jsonl: captions, splits and labels (Hugging Face's imagefolder convention)."""
+"""Captions, splits and labels in metadata.csv, metadata.jsonl and captions.jsonl (Hugging Face's imagefolder convention)."""
 
 import csv
 import io
@@ -18,23 +18,23 @@ from utils.errors import UserError
 from utils.files import printable
 
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "captions.jsonl")
-CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")  # the first that is not empty
-MAX_CLASSES = 1000  # values of a label
-MIN_IMAGES_PER_CLASS = 2  # on average; a column with more values is text or a number of the image
+CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")  # a row uses the first that is not empty
+MAX_CLASSES = 1000  # distinct values of a label
+MIN_IMAGES_PER_CLASS = 2  # on average; a column with fewer images per value holds free text or numbers, not labels
 
 
 @dataclass
 class Metadata:
-    """Captions, splits and labels by image; empty if there are none."""
+    """Content of all metadata files."""
 
-    texts: dict[str, list[str]] = field(default_factory=dict)
-    splits: dict[str, int] = field(default_factory=dict)
-    columns: dict[str, dict[str, object]] = field(default_factory=dict)  # further columns -> image -> value
+    texts: dict[str, list[str]] = field(default_factory=dict)  # image -> captions
+    splits: dict[str, int] = field(default_factory=dict)  # image -> split id
+    columns: dict[str, dict[str, object]] = field(default_factory=dict)  # other column -> image -> value
     file_stats: list = field(default_factory=list)  # [path, stats] of each file
 
 
 def read_tables(files: Files, cfg: DataConfig) -> Metadata:
-    """Read all tables. Paths in a table are relative to its folder; an image may have several rows, each with captions."""
+    """Read all metadata files. Paths in a file are relative to its folder. An image may have several rows with captions."""
     metadata, known_columns = Metadata(), set()
     images = {unicodedata.normalize("NFC", name): name for name in files.images}
     for table in files.file_stats:
@@ -59,11 +59,11 @@ def read_tables(files: Files, cfg: DataConfig) -> Metadata:
 
 
 def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, row)."""
+    """Yield (line number, column -> value) for each row."""
     content = files.read_text(table)
     if table.casefold().endswith(".csv"):
         header = content.split("\n", 1)[0]
-        # Spreadsheets of some countries write semicolons.
+        # In countries with a decimal comma, spreadsheet programs separate columns by semicolons.
         delimiter = next((d for d in ",;\t" if "file_name" in re.split(f'[{d}"\r]', header)), ",")
         reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
         try:
@@ -74,7 +74,8 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
         except csv.Error as error:
             raise UserError(f"data.path: {table}, line {reader.line_num}: {error}") from None
         return
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would also split at separators inside strings
+    # Not splitlines(), which would also split at Unicode line separators inside strings.
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -113,7 +114,7 @@ def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: 
     for column in row.keys() - {"file_name", "split", caption_column}:
         if row[column] is not None:
             values = metadata.columns.setdefault(column, {})
-            # None marks a column whose value differs between rows of one image.
+            # None marks a value that differs between several rows of the same image.
             values[image] = row[column] if values.get(image, row[column]) == row[column] else None
 
 
@@ -121,23 +122,26 @@ def reject_missing(missing: list[str], name: str, what: str) -> None:
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UserError(
-            f"data.path: {name} has {what} for files that are missing or no images: {missing[0]}{others}: add the images or "
-            f"remove their {what}"
+            f"data.path: {name} has {what} for files that do not exist or are not images: {missing[0]}{others}; add the "
+            f"images or remove their {what}"
         )
 
 
 def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tuple[np.ndarray | None, dict[str, list[str]]]:
-    """Return labels (N, K) int64 of the images and the names of their values. A missing value is the null label.
+    """Return labels (N, K) int64 of the images and the names of their values. A missing value becomes the null label.
 
     Labels are the columns with few distinct values (strings, integers or booleans), or data.label_column alone.
     """
     labels, label_names, ignored = [], {}, []
-    for column, by_image in sorted(metadata.columns.items()):
-        if cfg.label_column not in (None, column):
-            continue
+    columns = metadata.columns
+    if cfg.label_column is not None:
+        columns = {cfg.label_column: columns.get(cfg.label_column, {})}
+    for column, by_image in sorted(columns.items()):
         values = [by_image.get(name, "") for name in names]
         texts, problem = _label_texts(values)
         present = {text for text in texts if text is not None}
+        if problem is None and not present:
+            problem = "no image has a value"
         if problem is None and len(present) > MAX_CLASSES:
             problem = f"more than {MAX_CLASSES:,} values"
         if problem is None and cfg.label_column is None:
@@ -152,8 +156,6 @@ def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tupl
         index = {text: i for i, text in enumerate(ordered)}
         labels.append([index.get(text, len(ordered)) for text in texts])
         label_names[column] = ordered
-        if num_missing := sum(text is None for text in texts):
-            print(f"note: {num_missing:,} of {len(names):,} images have no {column} and train the null condition")
     if ignored and cfg.label_column is not None:
         raise UserError(f"data.label_column: {ignored[0]} cannot be a label: use strings, integers or booleans")
     if ignored:
@@ -166,7 +168,7 @@ def _are_integers(texts: set[str]) -> bool:
 
 
 def _label_texts(values: list) -> tuple[list[str | None], str | None]:
-    """Return the names of values, None if missing, and the reason if they cannot be labels."""
+    """Return the values as text (None if missing), and the reason if they cannot be labels, else None."""
     if any(value is None for value in values):
         return [], "differs between rows of one image"
     if any(isinstance(value, (dict, list)) for value in values):

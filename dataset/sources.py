@@ -1,4 +1,4 @@
-"""Image sources: functions (DataConfig, seed) -> Source, which lists the images of a dataset and reads them."""
+"""Image sources: one function (DataConfig, seed) -> Source per kind of dataset. Source.read decodes images later."""
 
 import hashlib
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from config import DataConfig
-from dataset import TRAIN, VAL, evenly_spaced, without_unused_test
+from dataset import TRAIN, VAL, evenly_spaced, use_test_if_no_val
 from dataset import synthetic_faces as faces
 from dataset.captions import TEXT_SUFFIXES, read_coco, read_sidecars
 from dataset.celeba import read_lists
@@ -26,16 +26,16 @@ from utils.images import MODES
 
 @dataclass
 class Source:
-    """A dataset whose images are not read yet: names, a function that reads images, split, labels and captions."""
+    """A dataset before its N images are decoded."""
 
     names: list[str]  # (N,)
-    read: Callable[[list[int]], list]  # indices -> (height, width, C) uint8 each, or an error message
-    cache_key: list  # everything that the images depend on, except data.image_size, data.channels and data.crop
+    read: Callable[[list[int]], list]  # indices -> (height, width, C) uint8 or an error message for each
+    cache_key: list  # all that determines the pixels, except data.image_size, data.channels and data.crop
     split: np.ndarray | None = None  # (N,) TRAIN, VAL or TEST; None: no official split
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)  # K labels, each with the names of its values
     captions: list[list[str]] | None = None  # at least one per image
-    account: str = ""  # one line on the files that were found, used and skipped
+    account: str = ""  # one line of the plan: how many files were found, used and skipped
 
 
 def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Source:
@@ -46,7 +46,7 @@ def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Sourc
         try:
             image = decode_image(files.read(name), cfg.channels, cfg.value_range)
             return crop_and_resize(image, cfg.crop_name, cfg.size)
-        except Exception as error:  # PIL raises almost any type on damaged files
+        except Exception as error:  # Pillow raises many exception types on damaged files
             return f"{type(error).__name__}: {error}"
 
     return Source(
@@ -57,21 +57,22 @@ def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Sourc
 
 
 def _add_captions(source: Source, metadata: Metadata) -> None:
-    """Set captions, empty if missing, and the split."""
+    """Set captions and split. An image without a caption gets the empty caption."""
     texts, splits = ({n: table[n] for n in source.names if n in table} for table in (metadata.texts, metadata.splits))
     source.cache_key = [source.cache_key, metadata.file_stats]
     if any(texts.values()):
         source.captions = [texts.get(n) or [""] for n in source.names]
         if num_missing := sum(captions == [""] for captions in source.captions):
-            print(f"note: {num_missing:,} of {len(source.names):,} images have no caption and train the null condition")
+            total = len(source.names)
+            print(f"note: {num_missing:,} of {total:,} images have no caption and get the empty one, the null condition")
     if splits:
-        source.split = without_unused_test(np.array([splits.get(n, TRAIN) for n in source.names], dtype=np.uint8))
+        source.split = use_test_if_no_val(np.array([splits.get(n, TRAIN) for n in source.names], dtype=np.uint8))
         if num_missing := len(source.names) - len(splits):
             print(f"note: {num_missing:,} of {len(source.names):,} images have no split and are used for training")
 
 
 def folder(cfg: DataConfig, seed: int) -> Source:
-    """Any folder or zip of images. Folders and metadata files give the split, labels and captions."""
+    """Any folder or zip of images. Folder names and metadata files give the split, labels and captions."""
     files = Files(cfg.path)
     layout, metadata = read_layout(files.images), read_sidecars(files, cfg)
     names = [n for n in files.images if n not in layout.left_out]
@@ -85,13 +86,13 @@ def folder(cfg: DataConfig, seed: int) -> Source:
         column = np.array([[classes.index(layout.classes[n])] for n in names], dtype=np.int64)
         source.labels = column if source.labels is None else np.hstack([column, source.labels])
         source.label_names = {"class": classes} | source.label_names
-    _name_unread(files)
+    _note_unread_files(files)
     source.account = files.account(len(names), describe_left_out(layout.left_out))
     return source
 
 
-def _name_unread(files: Files) -> None:
-    """Name the files that look like captions or labels and are not read."""
+def _note_unread_files(files: Files) -> None:
+    """Print a note on files that look like captions or labels but are not read."""
     unread = [n for n in files.file_stats if Path(n).suffix.lower() in TABLE_SUFFIXES and n not in files.texts_read]
     stems = {str(Path(n).with_suffix("")) for n in files.images}
     names = dict.fromkeys(f"X{Path(n).suffix} next to X" if str(Path(n).with_suffix("")) in stems else n for n in unread)
@@ -99,7 +100,7 @@ def _name_unread(files: Files) -> None:
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
         known = ", ".join([*TABLE_NAMES, *(f"X{suffix}" for suffix in TEXT_SUFFIXES)])
-        print(f"note: not read: {shown}; captions and labels are read from {known}")
+        print(f"note: these files are not read: {shown}; captions and labels are read only from {known}")
 
 
 def coco(cfg: DataConfig, seed: int) -> Source:
@@ -137,7 +138,7 @@ def celeba(cfg: DataConfig, seed: int) -> Source:
 
 
 def cifar10(cfg: DataConfig, seed: int) -> Source:
-    """CIFAR-10 in torchvision's format; the official test set is the val split."""
+    """CIFAR-10 in torchvision's format; the official test set is the validation split."""
     if cfg.path is None:
         raise UserError(
             "data.path is not set: set it to the folder that contains cifar-10-batches-py, "
@@ -170,7 +171,7 @@ def cifar10(cfg: DataConfig, seed: int) -> Source:
 
 
 def synthetic_faces(cfg: DataConfig, seed: int) -> Source:
-    """Procedural faces; the val images have the indices after the training images."""
+    """Procedural faces. The validation images have the indices that follow those of the training images."""
     num_val = max(8, round(cfg.val_fraction * cfg.num_images))
     indices = np.arange(cfg.num_images + num_val)
     return Source(

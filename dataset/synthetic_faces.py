@@ -23,7 +23,7 @@ ATTRIBUTES = {
     "fringe": ("no", "yes"),
     "eye_color": ("brown", "blue", "green"),
     "smile": ("no", "yes"),
-    "mouth_open": ("no", "yes"),                                            # with a smile: teeth
+    "mouth_open": ("no", "yes"),                                            # with a smile: shows teeth
     "glasses": ("no", "yes"),
     "beard": ("no", "yes"),
     "moustache": ("no", "yes"),
@@ -37,7 +37,7 @@ ATTRIBUTES = {
     "light": ("left", "right"),
 }
 
-# Mean RGB colors in the order of ATTRIBUTES; they stay distinct after jitter and shading.
+# Mean RGB colors, in the order of the values in ATTRIBUTES. They stay distinct after random variation and shading.
 SKIN = np.array([(250, 218, 198), (232, 180, 144), (206, 148, 102), (152, 97, 62), (94, 58, 42)])
 HAIR = np.array([(40, 34, 40), (112, 68, 38), (226, 184, 98), (168, 62, 28), (172, 172, 178)])
 EYES = np.array([(108, 60, 24), (48, 134, 232), (66, 168, 72)])
@@ -47,12 +47,12 @@ HAT = np.array([(176, 48, 60), (40, 80, 140), (226, 170, 60), (60, 120, 92), (12
 FRAME = np.array([(34, 30, 34), (112, 52, 28), (150, 28, 44), (36, 60, 120)])
 JEWEL = np.array([(250, 246, 236), (36, 176, 172), (216, 40, 70)])
 
-# P(hair | sex, age): female, male
+# P(hair | sex, age), indexed [sex][age][hair]
 HAIR_STYLE = np.array([
     [[0, .05, 0, .15, .20, .20, .05, .35], [0, .08, 0, .18, .24, .25, .13, .12], [0, .15, 0, .25, .25, .05, .30, 0]],
     [[0, .45, .33, .22, 0, 0, 0, 0], [.17, .33, .20, .16, 0, .09, .05, 0], [.33, .42, 0, .18, 0, .07, 0, 0]],
 ])
-# P(hair_color | age), without "none"
+# P(natural hair color | age), indexed [age][color], without "none"
 HAIR_COLOR = np.array([[.26, .27, .27, .20, 0], [.28, .27, .22, .21, .02], [.04, .04, .02, .02, .88]])
 
 
@@ -66,7 +66,7 @@ def _mix(z):
 
 
 class _HashRandom:
-    """Random numbers, one per image. Names are hashed: respelling one ("hair_colour") would change every image."""
+    """Random numbers, one per image, for each name. Names are hashed: respelling "hair_colour" would change all images."""
 
     def __init__(self, seed, indices):
         indices = np.asarray(indices)
@@ -93,7 +93,7 @@ class _HashRandom:
 
 
 def _attributes(rng):
-    """Draw the value index of every attribute, (B,) int64 each, and `natural_hair_color`, the color of brows and beard."""
+    """Sample the value index of every attribute, (B,) int64 each, and `natural_hair_color`, also for brows and beards."""
     a = {}
     a["sex"] = rng.bernoulli("sex", 0.5)
     a["age"] = rng.choice("age", [.18, .58, .24])
@@ -104,7 +104,7 @@ def _attributes(rng):
     a["natural_hair_color"] = rng.choice("hair_colour", HAIR_COLOR[a["age"]])
     a["hair_color"] = np.where(bald, 5, a["natural_hair_color"])
     hat = rng.choice("hat", [.70, .15, .15])
-    a["hat"] = np.where(np.isin(style, [0, 2, 6]), 0, hat)                          # bald, spiky, bun stay visible
+    a["hat"] = np.where(np.isin(style, [0, 2, 6]), 0, hat)                          # no hat over bald, spiky, bun
     a["fringe"] = rng.bernoulli("fringe", 0.5) * ~(np.isin(style, [0, 2, 6]) | (a["hat"] > 0))
     a["eye_color"] = rng.choice("eye_colour", [.4, .3, .3])
     a["smile"] = rng.bernoulli("smile", 0.55)
@@ -157,13 +157,13 @@ def _caption(row):
     article = "an" if person[0] == "o" else "a"
     caption = (f"{article} {person} with {', '.join(has[:-1])} and {has[-1]}, wearing {' and '.join(wears)}, "
                f"on a {value['background']} background")
-    return caption.replace("gray", "grey")                       # "gray" would reorder the sorted vocabulary
+    return caption.replace("gray", "grey")                       # "gray" would change the vocabulary of trained models
 
 
 # ---------------------------------------------------------------- geometry and colors
 
 def _appearance(seed, indices):
-    """Return dictionaries of attributes (B,), geometry (B, 1) float32 and colors (3, B, 1) float32.
+    """Return three dictionaries: attributes a (B,), geometry g (B, 1) float32 and colors c (3, B, 1) float32.
 
     The image is [-1, 1]^2 with y down. The head is at its center, about 0.8 wide and 1.1 high before scaling by `zoom`.
     """
@@ -177,7 +177,7 @@ def _appearance(seed, indices):
         return np.array(values)[attribute]
 
     g = {}
-    # pose: shift, tilt (radians), turn (shift of the facial features)
+    # pose: position of the head, tilt in radians, turn (the face moves sideways within the head)
     g["cx"], g["cy"] = rnd("cx", -.07, .07), rnd("cy", -.03, .05) + np.where(child, .03, 0)
     tilt = rnd("tilt", -.13, .13)
     g["zoom"] = rnd("zoom", 1.16, 1.28) * np.where(child, .90, 1)
@@ -212,7 +212,8 @@ def _appearance(seed, indices):
     g["gap"] = np.where(is_open, np.where(smile, rnd("gap", .085, .11), rnd("gap", .085, .10)), 0)
     g["teeth"] = np.where(is_open & smile, .048, 0)
     g["lips"] = rnd("lips", .030, .040) * np.where(male, .75, 1.1)
-    # hair, see _draw; a height of -2 or -3 puts a part outside the image, and cap_cut = 2 cuts nothing off
+    # hair: cap, curtain and blob are explained in _draw. A y of -2 or -3 moves a part out of the image, which removes it;
+    # cap_cut = 2 keeps the whole cap.
     g["cap_w"] = g["face_w"] + by([-.02, .025, .03, .13, .075, .06, .015, .025], style) + rnd("cap_w", 0, .03) * (style > 0)
     g["cap_h"] = by([.40, .56, .57, .62, .60, .59, .555, .57], style) + rnd("cap_h", 0, .04)
     g["cap_h"] += rnd("afro", 0, .08) * (style == 3)
@@ -244,19 +245,19 @@ def _appearance(seed, indices):
     g["lens_w"], g["lens_h"] = rnd("lens_w", .135, .15), rnd("lens_h", .105, .13)
     g["freckle"] = a["freckles"] * rnd("freckle", .65, .8)
     g["wrinkle"] = np.where(old, 1.0, 0.0)
-    # backdrop: bg_0 + bg_x x + bg_y y + bg_r r^2
+    # brightness of the backdrop: bg_0 + bg_x x + bg_y y + bg_r (x^2 + y^2)
     g["bg_x"] = rnd("bg_x", -.05, .05) * (a["backdrop"] == 1)
     g["bg_y"] = by([0, .18, 0], a["backdrop"]) * np.where(rnd("bg_flip") < .35, -1, 1)
     g["bg_r"] = by([0, 0, -.22], a["backdrop"])
     g["bg_0"] = by([1, 1, 1.16], a["backdrop"])
-    # light
+    # light (lx < 0: from the left) and stripes
     g["lx"] = np.where(a["light"] == 0, -1, 1) * rnd("lx", .6, .9)
     g["stripe_f"] = np.where(a["stripes"] == 1, rnd("stripe_f", 5.5, 7.5), 0)
     g["stripe_slope"] = rnd("stripe_slope", -.15, .15)
     g = {k: np.broadcast_to(x, a["sex"].shape).astype(np.float32)[:, None] for k, x in g.items()}
 
     warm = rnd("warm", -1, 1)[:, None]
-    gain = 1 + warm * np.array([.04, 0, -.05])                   # color of the light
+    gain = 1 + warm * np.array([.04, 0, -.05])                   # warm or cold light
 
     def color(table, attribute, name, jitter):
         c = np.asarray(table)[attribute] * (1 + (2 * np.stack([rnd(name + x) for x in "rgb"], 1) - 1) * jitter)
@@ -300,7 +301,7 @@ def _ellipse(x, y, rx, ry):
 
 
 def _cover(d, sharp):
-    """Pixel coverage of d < 0, in place, with an edge one pixel wide; sharp is pixels per unit length."""
+    """Convert signed distance d to the covered fraction of each pixel, in place. sharp: pixels per unit length."""
     d *= -sharp
     d += np.float32(0.5)
     np.maximum(d, 0, out=d)
@@ -430,7 +431,7 @@ def _draw(g, c, size, canvas, scratch):
     flare = np.maximum(by - 0.55, 0)
     d_neck = np.minimum(bx - g.neck - flare * flare * 1.5, d_body)
     d_neck = np.maximum(np.maximum(d_neck, below), 0.2 - by)
-    shade = np.clip(d_face[:, s], 0, 0.3) * 2.2 + x[:, s] * (g.lx * 0.5) + 0.12    # shadow of the chin
+    shade = np.clip(d_face[:, s], 0, 0.3) * 2.2 + x[:, s] * (g.lx * 0.5) + 0.12    # the chin casts a shadow
     paint(_cover(d_neck, sharp), s, c["skin_dark"], c["skin"], np.clip(shade, 0, 1, out=shade))
 
     # ears
@@ -450,7 +451,7 @@ def _draw(g, c, size, canvas, scratch):
     shade -= _glow(U, V - g.mouth_y - 0.095, 0.12, 0.05) * 0.25                               # below the lip
     cast = np.minimum(front[:, s], V - g.hat_y - u2[:, s] * 0.3)
     shade -= np.clip(0.32 - cast * 2.6, 0, 0.32)                                              # shadow of hair and hat
-    if g.wrinkle.any():                                                                       # at mouth, eyes, forehead
+    if g.wrinkle.any():                                                                       # mouth, eyes, forehead
         shade -= _glow(AU - V * 0.35 - 0.085, V - 0.31, 0.03, 0.13) * (g.wrinkle * 0.95)
         shade -= _glow(AU - g.eye_x, V - g.eye_y - 0.105, 0.12, 0.035) * (g.wrinkle * 0.85)
         lines = _ripple(V * 12 + U * U * 2)
@@ -611,7 +612,7 @@ def render(seed: int, indices: np.ndarray, size: int) -> np.ndarray:
             for k in range(3):
                 images[order[part], :, :, k] = view[k].reshape(-1, size, size)
 
-    threads = max(1, min(2, os.cpu_count() or 1, len(starts)))                     # 2: 1.6 times as fast as 1; more wait for the GIL
+    threads = max(1, min(2, os.cpu_count() or 1, len(starts)))                     # 2 are 1.6 times as fast as 1; more wait for GIL
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(render_chunks, [starts[t::threads] for t in range(threads)]))    # list() raises the threads' errors
     return images

@@ -1,4 +1,4 @@
-"""Faster repeated calls of a frozen network: weights cast once, and kernel launches replayed as a CUDA graph."""
+"""Faster repeated calls of a frozen network: cast the weights once, and replay kernel launches as a CUDA graph."""
 
 from typing import Callable
 
@@ -7,22 +7,23 @@ from torch import Tensor, nn
 
 from utils.files import first_line
 
-Forward = Callable[..., Tensor]  # tensors with one row per image -> tensor
-TOLERANCE = 0.02  # relative to the output norm; bf16 kernels with another summation order differ by less
+Forward = Callable[..., Tensor]  # input tensors, with one row per image -> output tensor
+TOLERANCE = 0.02  # largest relative error of a graph's output; bf16 kernels that sum in another order differ by less
 
 
 def cast_weights(net: nn.Module, dtype: torch.dtype) -> None:
-    """Cast convolutions and linear layers in place, which autocast would repeat in every call."""
+    """Cast the weights of convolutions and linear layers once, in place. Autocast would cast them in every call."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
 
 
 class GraphedForward:
-    """net(*tensors) as CUDA graphs, one per input shape. Launching the kernels of a small U-Net takes longer than running them.
+    """Run net(*tensors) as a CUDA graph, one graph per input shape. For inference only.
 
-    The first call with a new shape runs eagerly and captures a graph. The graph is used only if it reproduces the eager output
-    for other inputs; otherwise one line is printed and all calls stay eager. Inference only; autocast must not cache casts.
+    Launching the kernels of a small U-Net one by one takes longer than running them. The first call with a new shape runs
+    eagerly and captures a graph. The graph is used if it reproduces the eager output for other inputs. If not, a note is
+    printed and no more graphs are captured. Autocast around a call must have cache_enabled=False.
     """
 
     def __init__(self, net: Forward):
@@ -53,16 +54,16 @@ class GraphedForward:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         with torch.cuda.device(inputs[0].device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()  # shared: outputs are copied out at once
+            self._pool = self._pool or torch.cuda.graph_pool_handle()  # graphs can share memory: outputs are copied at once
             main_stream, static_inputs = torch.cuda.current_stream(), [x.clone() for x in inputs]
-            side_stream = torch.cuda.Stream()  # warm up on a side stream, as the documentation of torch.cuda.graph asks for
+            side_stream = torch.cuda.Stream()  # PyTorch requires a warm-up on a side stream before capture
             side_stream.wait_stream(main_stream)
             with torch.cuda.stream(side_stream):
                 self.net(*static_inputs)  # cuBLAS allocates its workspace in this call
             main_stream.wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                # thread_local, because NCCL's watchdog thread queries the device all the time
+                # thread_local: otherwise, calls of other threads (NCCL's watchdog) would abort the capture
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     output = self.net(*static_inputs)
             finally:

@@ -1,4 +1,4 @@
-"""Inputs and outputs of LatentDiffusion.generate: which results to keep, and the results of one process."""
+"""Types for LatentDiffusion.generate(): OutputSpec selects the outputs, and Samples holds them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,14 @@ class OutputSpec:
     """Which outputs of generate() to keep."""
 
     num_images: int
-    keep_pixels: int = 0  # keep the pixels of this many images; if 0 without save_dir, nothing is decoded
-    keep_latents: bool = False
-    trajectory: list[int] = field(default_factory=list)  # images whose clean estimates are kept during sampling
+    keep_pixels: int = 0  # return the pixels of the first images; 0 and no save_dir: decode nothing
+    keep_latents: bool = False  # return the latents of all images
+    trajectory: list[int] = field(default_factory=list)  # indices of images whose clean estimates z0_hat to record
     save_dir: Path | None = None  # write every image to this folder
-    distributed: bool = False  # share the images among all processes; else this process generates all of them
+    distributed: bool = False  # divide the images among all processes; False: this process generates all
 
     def batches(self, batch_size: int) -> list[range]:
-        """Image indices of each batch of this process."""
+        """Return the image indices of each batch that this process generates."""
         ranks, rank = (distributed.world_size(), distributed.rank()) if self.distributed else (1, 0)
         batch_size = min(batch_size, -(-self.num_images // ranks))
         starts = range(0, self.num_images, batch_size)[rank::ranks]
@@ -35,7 +35,7 @@ class Samples:
     """Generated images and their statistics, on the CPU. Dictionaries are keyed by image index."""
 
     moments: Moments
-    num_clamped: int = 0  # clamped values of clean estimates
+    num_clamped: int = 0  # values of clean estimates that were clamped
     num_values: int = 0  # all values of clean estimates
     num_out_of_range: int = 0  # pixel values outside [-1, 1]
     num_pixel_values: int = 0  # all pixel values
@@ -45,7 +45,7 @@ class Samples:
 
     @classmethod
     def merge(cls, parts: "list[Samples]") -> "Samples":
-        """Join the samples of all processes."""
+        """Join the samples of all processes, in place into the first."""
         total = parts[0]
         for part in parts[1:]:
             total.moments.merge(part.moments)
@@ -57,10 +57,10 @@ class Samples:
         return total
 
     def pixel_array(self) -> np.ndarray:
-        """uint8 (N, H, W, C), ordered by image index."""
+        """Return all pixels, uint8 (N, H, W, C), ordered by image index."""
         return np.stack([self.pixels[i] for i in sorted(self.pixels)])
 
     def stats(self, normalizer: Normalizer) -> dict:
-        """Latent statistics, see latent_stats()."""
+        """Return the statistics of latent_stats() for these samples."""
         clamped = self.num_clamped / max(self.num_values, 1)
         return latent_stats(self.moments, normalizer, clamped, self.num_out_of_range / max(self.num_pixel_values, 1))

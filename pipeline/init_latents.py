@@ -1,4 +1,4 @@
-"""Initial latents of sampling: noise from a seed, interpolation between two seeds, or a given image."""
+"""Inputs of sampling: initial noise from one or two seeds, and the image and mask of image-to-image and inpainting."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ from sampling import image_generators, randn, slerp
 from utils.errors import UserError
 from utils.files import first_line
 
-DEFAULT_STRENGTH = 0.6  # image-to-image without a mask
+DEFAULT_STRENGTH = 0.6  # for image-to-image without a mask
 
 
 def initial_noise(cfg: SamplingConfig, indices: range, shape: tuple, device) -> tuple[Tensor, list[torch.Generator]]:
-    """Noise (B, C, h, w) of the images at `indices`, and one generator per image for the noise of later steps.
+    """Return initial noise (B, C, h, w) for the images at `indices`, and one generator per image for later steps.
 
-    Noise is generated on the CPU, so that a seed means the same image on every device. With sampling.slerp_to each row of the
-    grid interpolates from an image of cfg.seed to one of that seed.
+    Noise is generated on the CPU, so that a seed gives the same image on every device. If sampling.slerp_to is set, the
+    noise of each grid row is interpolated from left (sampling.seed) to right (sampling.slerp_to).
     """
     generators = image_generators(cfg.seed, indices, "cpu")
     if cfg.slerp_to is None:
@@ -42,12 +42,16 @@ class InitImage:
 
     pixels: np.ndarray  # (H, W, C) uint8
     mask: np.ndarray | None  # (H, W) bool: True where to generate
-    latent_mask: Tensor | None  # (h, w) float: 1 where any image pixel under this latent position is to be generated
+    latent_mask: Tensor | None  # (h, w) float: 1 if any pixel of this latent position is to be generated, else 0
     strength: float  # fraction of the sampling steps to run
 
     @classmethod
     def load(cls, cfg: SamplingConfig, image_shape: tuple[int, int, int], downsampling: int) -> "InitImage | None":
-        """Read and check the images that cfg names; None if it names none. image_shape: (H, W, C) of the model."""
+        """Read and check sampling.image and sampling.mask; return None if there is no image.
+
+        image_shape: (H, W, C) of the model's images
+        downsampling: H / h, from images to latents
+        """
         if cfg.image is None:
             return None
         pixels = read_image("sampling.image", cfg.image, image_shape)
@@ -55,24 +59,24 @@ class InitImage:
             return cls(pixels, None, None, cfg.strength or DEFAULT_STRENGTH)
         mask = read_image("sampling.mask", cfg.mask, (*image_shape[:2], 3)).mean(axis=2) >= 128
         if not mask.any():
-            raise UserError(f"sampling.mask: {cfg.mask} is black everywhere; paint the area to generate white")
+            raise UserError(f"sampling.mask: {cfg.mask} is black everywhere; mark the area to generate in white")
         latent_mask = F.max_pool2d(torch.from_numpy(mask)[None, None].float(), downsampling)[0, 0]
         return cls(pixels, mask, latent_mask, cfg.strength or 1.0)
 
     def restore_unmasked(self, pixels: np.ndarray) -> np.ndarray:
-        """Replace pixels (B, H, W, C) outside the mask with those of the given image: decoding would alter them."""
+        """Copy the pixels outside the mask from the given image into (B, H, W, C), because the VAE alters them slightly."""
         return pixels if self.mask is None else np.where(self.mask[None, :, :, None], pixels, self.pixels)
 
 
 def read_image(key: str, path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 in shape (H, W, C)"""
+    """Read an image file as uint8 of shape (H, W, C). `key` is the setting that error messages name."""
     try:
         image = decode_image(Path(path).read_bytes(), channels=shape[2])
-    except Exception as error:  # missing file, not an image, decompression bomb: many exception types
+    except Exception as error:  # missing file, not an image, too many pixels: many exception types
         raise UserError(f"{key}: cannot read {path} ({getattr(error, 'strerror', None) or first_line(error)})") from None
     if (image.height, image.width) != shape[:2]:
         raise UserError(
-            f"{key}: the width x height of {path} must be {shape[1]}x{shape[0]}, the size of the model "
+            f"{key}: the width x height of {path} must be {shape[1]}x{shape[0]}, as in the model's images "
             f"(got {image.width}x{image.height}); crop and resize it"
         )
     return np.array(image).reshape(shape)

@@ -1,4 +1,4 @@
-"""A VAE and a U-Net as one generative model: denoiser with guidance, sampling, decoding."""
+"""VAE and U-Net as one generative model: denoising with guidance, sampling and decoding."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from utils.images import image_grid, save_png, to_float, to_uint8
 
 @dataclass
 class Checkpoint:
-    """Origin of a loaded model."""
+    """Files that a model was loaded from."""
 
     path: Path  # of unet.safetensors
     metadata: dict  # of unet.safetensors: training step, schedule, prediction, fingerprints
@@ -38,10 +38,10 @@ class Checkpoint:
 
 
 class LatentDiffusion:
-    """Two networks, the normalizer between them, a schedule and a prediction type (eps | v | x0 | velocity).
+    """VAE, U-Net, latent normalizer, noise schedule and prediction type (eps | v | x0 | velocity).
 
-    dtype         autocast type of both networks
-    guidance_net  a weaker U-Net to guide away from (autoguidance) instead of the null condition
+    dtype         autocast dtype of VAE and U-Net
+    guidance_net  weaker U-Net whose estimate replaces the unconditional one in guidance (autoguidance)
     cuda_graphs   replay the U-Net as a CUDA graph
     """
 
@@ -68,7 +68,7 @@ class LatentDiffusion:
 
     @classmethod
     def load(cls, config: Config, device: torch.device, dtype: torch.dtype) -> "LatentDiffusion":
-        """Load the EMA weights of both networks of an experiment. Refuses files that do not belong together."""
+        """Load the EMA weights of an experiment's VAE and U-Net. Raises UserError if they were not trained together."""
         path = unet_path(config)
         vae, vae_metadata = load_vae(config, device)
         unet, metadata, extra = load_network(UNet, path, "unet", "train_diffusion.py", device)
@@ -90,7 +90,7 @@ class LatentDiffusion:
         checkpoint = Checkpoint(path, metadata, fingerprint(unet.state_dict()), vae_metadata)
         check_guidance(config.sampling, unet, checkpoint)
         guidance_net = load_guidance_net(config.sampling, unet, checkpoint, device)
-        # "auto" uses CUDA graphs, not torch.compile: a grid is finished before compilation would pay off.
+        # compile=auto uses CUDA graphs only: for one grid, torch.compile takes longer than it saves.
         if config.compile is True:
             compile_networks(True, device, unet, vae.decoder)
         if dtype != torch.float32:
@@ -104,27 +104,27 @@ class LatentDiffusion:
         model.checkpoint = checkpoint
         return model
 
-    # Sampling settings, resolved for this model
+    # Sampling settings that depend on the model
 
     def spacing(self, cfg: SamplingConfig) -> str:
-        """The timestep spacing, with "auto" resolved."""
+        """Return the timestep spacing; "auto" is the default of the sampler and schedule."""
         return default_spacing(cfg.sampler, self.schedule) if cfg.spacing == "auto" else cfg.spacing
 
     def timesteps(self, cfg: SamplingConfig, strength: float = 1.0) -> list[int]:
-        """The timesteps that sampling visits. Raises UserError for settings that this schedule does not allow."""
+        """Return the timesteps that sampling visits. Raises UserError if the schedule does not allow the settings."""
         try:
             return timesteps(self.schedule, cfg.steps, self.spacing(cfg), cfg.sigma_max, strength)
         except ValueError as error:
             raise UserError(f"sampling: {error}") from None
 
     def threshold(self, x0_clamp: str | float) -> Threshold | None:
-        """The bound on clean estimates for a value of sampling.x0_clamp."""
+        """Return the Threshold for a value of sampling.x0_clamp, which clamps the clean estimates; None if "none"."""
         if x0_clamp == "none":
             return None
         return Threshold(*(self.normalizer.range() if x0_clamp == "range" else (-x0_clamp, x0_clamp)))
 
     def denoiser(self, cfg: SamplingConfig, cond: Cond = ()) -> Denoise:
-        """denoise(z_t, t) -> z0_hat under a condition (one row per image of the batch), with the guidance of cfg."""
+        """Return denoise(z_t, t) -> z0_hat with the guidance settings of cfg. `cond` has one row per image of the batch."""
 
         def make(forward: Forward, cond: Cond) -> Denoise:
             return make_denoiser(
@@ -139,7 +139,7 @@ class LatentDiffusion:
                 return conditional(z_t, t), weaker(z_t, t)
 
         elif cond:
-            # One batch for the conditional and the unconditional estimates.
+            # Compute the conditional and the unconditional estimates in one batch.
             null = self.unet.conditioner.null_like(cond)
             batched = make(self._forward, tuple(torch.cat(pair) for pair in zip(cond, null)))
 
@@ -162,11 +162,11 @@ class LatentDiffusion:
         progress: tqdm | None = None,
         show_progress: bool = True,
     ) -> Samples:
-        """Sample images 0 … spec.num_images - 1 in batches, decode them, and return the outputs that spec asks for.
+        """Sample images 0 … spec.num_images - 1 in batches, decode them, and return the outputs that `spec` selects.
 
-        cond      one row per row of the grid: image i has condition (i // cfg.cols) modulo the number of rows
-        init      image-to-image or inpainting
-        progress  a bar to advance, in units of network evaluations times images; None: create one
+        cond      conditions, one per row of the grid: image i has row i // cfg.cols, modulo the number of conditions
+        init      image and mask of image-to-image or inpainting; None: start from noise
+        progress  progress bar, advanced by 1 per image and network evaluation; None: create one
         """
         samples, threshold = Samples(Moments(self.latent_shape[0])), self.threshold(cfg.x0_clamp)
         strength = init.strength if init else 1.0
@@ -222,19 +222,19 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, image channels, H, W), about in [-1, 1]."""
+        """Decode normalized latents (B, C, h, w) to images (B, image channels, H, W), approximately in [-1, 1]."""
         with autocast(self.device, self.dtype):
             return self.vae.decode(self.normalizer.denormalize(z)).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, image channels, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior means."""
+        """Encode images (B, image channels, H, W) in [-1, 1] to normalized posterior means (B, C, h, w)."""
         with autocast(self.device, self.dtype):
             return self.normalizer.normalize(self.vae.encode(images.to(self.device)).mean)
 
 
 def _make_forward(net: UNet, cuda_graphs: bool) -> Forward:
-    """Adapt net(z_t, t, cond) to forward(z_t, t, *cond): a CUDA graph takes tensors only."""
+    """Return forward(z_t, t, *cond) for net(z_t, t, cond), because GraphedForward takes tensors, not tuples."""
 
     def forward(z_t: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         return net(z_t, t, cond)

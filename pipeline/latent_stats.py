@@ -1,4 +1,4 @@
-"""Statistics of generated latents relative to the training latents, and warnings derived from them."""
+"""Statistics of generated latents relative to the training latents, and warnings if the two differ."""
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ class Moments:
         self.sum_squares = self.sum_squares + other.sum_squares
 
     def std(self) -> Tensor:
-        """Std per channel, (C,)."""
+        """Return the std per channel, (C,)."""
         return (self.sum_squares / self.n - (self.sum / self.n) ** 2).clamp(min=0).sqrt()
 
     def overall_std(self) -> float:
-        """Std over all values of all channels."""
+        """Return the std over all values of all channels."""
         return float((self.sum_squares.mean() / self.n - (self.sum.mean() / self.n) ** 2).clamp(min=0).sqrt())
 
 
@@ -43,7 +43,9 @@ def require_finite(moments: Moments, cfg: SamplingConfig) -> None:
 
 
 def latent_stats(moments: Moments, normalizer: Normalizer, clamped: float, out_of_range: float) -> dict:
-    """Ratios of generated to training std; 1 is ideal. The worst channel is the one whose log ratio is farthest from 0.
+    """Return the ratio of generated to training std, over all values and for the worst channel; 1 is ideal.
+
+    The worst channel is the one whose log ratio is farthest from 0.
 
     clamped       fraction of clean estimates that were clamped
     out_of_range  fraction of decoded pixels outside [-1, 1]
@@ -60,17 +62,17 @@ def latent_stats(moments: Moments, normalizer: Normalizer, clamped: float, out_o
 
 
 def std_warnings(stats: dict, cfg: SamplingConfig) -> list[str]:
-    """A warning with the likely cause if a std ratio is outside 0.9 … 1.1, else an empty list."""
+    """Return a warning with the likely cause if a std ratio is outside 0.9 … 1.1, else an empty list."""
     ratio, worst = stats["std_ratio"], stats["worst_channel_ratio"]
     if 0.9 <= ratio <= 1.1 and 0.9 <= worst <= 1.1:
         return []
     off = worst if 0.9 <= ratio <= 1.1 else ratio
     if off < 0.9 and stats["clamped"] > 0.02 and cfg.x0_clamp != "range":
-        cause = f"sampling.x0_clamp={cfg.x0_clamp} clamps the clean estimate too hard: use x0_clamp=range"
+        cause = f"sampling.x0_clamp={cfg.x0_clamp} clamps the clean estimate too tightly: use x0_clamp=range"
     elif off < 0.9 and cfg.steps < 20:
         cause = f"sampling.steps={cfg.steps} is too few: use steps=25"
     elif off > 1.1 and ((cfg.sigma_max or 0) > 70 and cfg.x0_clamp == "none"):
-        cause = "errors at the noisy end of the schedule are amplified: use sampling.sigma_max=70 and x0_clamp=range"
+        cause = "sampling amplifies errors at the highest noise levels: use sampling.sigma_max=70 and x0_clamp=range"
     elif off > 1.1 and cfg.x0_clamp == "none":
         cause = "the clean estimate is not bounded: use sampling.x0_clamp=range"
     else:

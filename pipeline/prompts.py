@@ -1,4 +1,4 @@
-"""Requested labels and prompts -> conditions, one per row of the grid."""
+"""Convert sampling.labels or sampling.prompts to conditions, one per row of the grid."""
 
 import unicodedata
 from dataclasses import dataclass, field
@@ -13,13 +13,17 @@ from dataset.text_encoder import TextEncoder
 from models.conditioning import Cond, Conditioner, LabelEmbedder, WordEncoder, split_words
 from utils.errors import UserError
 
-MAX_LISTED = 20  # values listed in an error message
+MAX_LISTED = 20  # label values or words that a message lists
+# Other spellings of the values of a yes/no label.
 YES_NO = {"true": "yes", "on": "yes", "false": "no", "off": "no"}
 
 
 @dataclass
 class Prompts:
-    """One condition per row of the grid, with row titles. Without titles, all images have the same condition, or none."""
+    """Conditions and titles of the grid's rows.
+
+    There are no titles if all images have the null condition or the model is unconditional.
+    """
 
     titles: list[str] = field(default_factory=list)
     cond: Cond = ()  # one row per title; () for an unconditional model
@@ -27,17 +31,18 @@ class Prompts:
 
 
 def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.device) -> Prompts:
-    """Conditions for sampling.labels or sampling.prompts. Refuses labels and prompts that this model does not know.
+    """Return the conditions for sampling.labels or sampling.prompts. Raises UserError if they do not fit the model.
 
-    If neither is set: one row per class for a model with one label (evenly spaced ones if there are more than
-    sampling.rows classes), else the null condition.
+    If neither is set, a model with one label gets a row for each class, or for sampling.rows evenly spaced classes if there
+    are more. Other models get the null condition.
     """
     cfg = config.sampling
     if conditioner is None:
         if cfg.labels is not None or cfg.prompts is not None:
             key, condition = ("labels", "class") if cfg.labels is not None else ("prompts", "text")
             raise UserError(
-                f"sampling.{key}: this model is unconditional; remove the setting, or train with diffusion.condition={condition}"
+                f"sampling.{key}: this model is unconditional; remove the setting, or train with "
+                f"diffusion.condition={condition}"
             )
         return Prompts()
     if isinstance(conditioner, LabelEmbedder):
@@ -57,10 +62,10 @@ def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.
         if num_long:
             warnings.append(f"warning: {num_long} prompts are longer than {conditioner.max_words} words and were truncated")
         return Prompts(titles, (token_ids.to(device),), warnings)
-    explicit = "model" in config.text.model_fields_set  # else use the encoder of training
+    explicit = "model" in config.text.model_fields_set  # if not set: the encoder used in training
     encoder = TextEncoder(config.text.model if explicit else conditioner.model, device)
     if encoder.fingerprint != conditioner.fingerprint:
-        raise UserError(f"text.model: {encoder.model} has other weights than {conditioner.model}, used in training")
+        raise UserError(f"text.model: {encoder.model} has other weights than {conditioner.model} had in training")
     embeddings = CaptionEmbeddings.from_encoder(encoder, encoder.encode(prompts))
     truncated = f"warning: {encoder.num_truncated} prompts are longer than {encoder.max_length} tokens and were truncated"
     warnings = [truncated] if encoder.num_truncated else []
@@ -85,7 +90,10 @@ def _from_labels(cfg: SamplingConfig, conditioner: LabelEmbedder, device) -> Pro
 
 
 def _parse_label(entry: str | dict[str, str], label_names: dict[str, list[str]]) -> list[tuple[str, str]]:
-    """An entry of sampling.labels -> (label, value) pairs. "3" or "cat": the value of the only label; a mapping: any."""
+    """Return the (label, value) pairs of an entry of sampling.labels.
+
+    The entry is a mapping label -> value or, for a model with a single label, just a value such as "3" or "cat".
+    """
     if isinstance(entry, dict):
         for label in entry:
             if label not in label_names:
@@ -103,7 +111,7 @@ def _parse_label(entry: str | dict[str, str], label_names: dict[str, list[str]])
 
 def _class_index(label: str, value: str, classes: list[str]) -> int:
     value, names = unicodedata.normalize("NFC", value), {unicodedata.normalize("NFC", c): i for i, c in enumerate(classes)}
-    # Class names before indices, because a class may be named 10. Indices are compared as text: 010 is not index 10.
+    # Try class names before indices, because a class may be named "10". Indices are compared as text: "010" is not index 10.
     for name in (value, YES_NO.get(value.lower())):
         if name in names:
             return names[name]

@@ -1,4 +1,4 @@
-"""Outputs of earlier stages: where they are, how to load them, and checks that they belong together."""
+"""Paths of the stages' output files, functions that load them, and checks that they belong together."""
 
 import contextlib
 from pathlib import Path
@@ -26,7 +26,7 @@ def encodings_path(config: Config) -> Path:
 
 
 def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict]:
-    """The frozen VAE of this experiment and the metadata of its file. Refuses a VAE of other image sizes or channels."""
+    """Load the frozen VAE and its metadata. Raises UserError if its image size or channels differ from data.*."""
     path, data = vae_path(config), config.data
     vae, metadata, _ = load_network(VAE, path, "vae", "train_vae.py", device)
     old, new = tuple(metadata["image_shape"]), (*data.size, data.channels)
@@ -39,7 +39,7 @@ def load_vae(config: Config, device: torch.device) -> tuple[VAE, dict]:
 
 
 def load_encodings(vae: VAE, config: Config) -> LatentDataset:
-    """The encodings of this experiment. Refuses encodings made by another VAE."""
+    """Load the encodings of this experiment. Raises UserError if another VAE made them."""
     path, vae_fingerprint = encodings_path(config), fingerprint(vae.state_dict())
     encodings = LatentDataset.load(path)
     if encodings.vae_fingerprint != vae_fingerprint:
@@ -51,9 +51,11 @@ def load_encodings(vae: VAE, config: Config) -> LatentDataset:
 
 
 def load_images_for(config: Config, vae_metadata: dict, wait: bool = True) -> Images:
-    """The images that the VAE was trained on. Refuses others: their validation split may contain its training images.
+    """Load the images that the VAE was trained on.
 
-    wait: until their pixels are verified
+    Raises UserError for other images, because their validation split may contain images that the VAE was trained on.
+
+    wait: return only after the checksums of all pixels are verified
     """
     images = index_dataset(config).load()
     if vae_metadata["data_fingerprint"] != images.fingerprint:
@@ -67,10 +69,10 @@ def load_images_for(config: Config, vae_metadata: dict, wait: bool = True) -> Im
 
 
 def require_no_dependents(config: Config) -> None:
-    """Refuse to change a VAE with which the encodings or a U-Net of this experiment were made."""
+    """Raise UserError if the experiment has encodings or a U-Net made with its current VAE, which training would change."""
     try:
         vae_fingerprint = fingerprint(load_weights(vae_path(config), "vae", "")[0])
-    except UserError:  # missing or damaged: nothing can use it
+    except UserError:  # no VAE file, or a damaged one: nothing can depend on it
         return
     dependents = []
     with contextlib.suppress(UserError):
@@ -82,19 +84,19 @@ def require_no_dependents(config: Config) -> None:
             dependents.append(path)
     if dependents:
         raise UserError(
-            f"training would change {vae_path(config)}, with which {', '.join(map(str, dependents))} were made: choose another "
-            f"name, or set vae.retrain=true and then run the later stages again"
+            f"training would change {vae_path(config)}, with which {', '.join(map(str, dependents))} were made: choose "
+            f"another name, or set vae.retrain=true and then run the later stages again"
         )
 
 
 def check_encodings_match(config: Config, unet_metadata: dict) -> None:
-    """Refuse a U-Net that was trained on other encodings than the current encodings.pt, if that exists."""
+    """Raise UserError if encodings.pt exists but is not the one that the U-Net was trained on."""
     path = encodings_path(config)
-    # Only the fingerprint is used: verifying all latents would take longer than loading the U-Net.
+    # verify=False: only the fingerprint is needed, and verifying all latents would take longer than loading the U-Net.
     if path.exists() and LatentDataset.load(path, verify=False).fingerprint != unet_metadata["encodings_fingerprint"]:
         raise UserError(
-            f"{unet_path(config)} was trained on other encodings than {path}: run train_diffusion.py with a new diffusion.name, "
-            f"or run create_encodings.py with the original settings"
+            f"{unet_path(config)} was trained on other encodings than {path}: run train_diffusion.py with a new "
+            f"diffusion.name, or run create_encodings.py with the original settings"
         )
 
 

@@ -61,7 +61,7 @@ def test_changed_captions_are_read_again(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"file_name": "99.jpg", "captions": ["x"]}', r"rows for files that are missing or no images: 99.jpg \(line 2\): add"),
+    ('{"file_name": "99.jpg", "captions": ["x"]}', r"rows for files that do not exist or are not images: 99.jpg \(line 2\); add"),
     ('{"file_name": "01.jpg", "captions": ["x"]', "line 2: not JSON"),
     ('["01.jpg", "x"]', "line 2: expected an object with file_name"),
     ('{"captions": ["x"]}', "line 2: expected the path of an image in file_name"),
@@ -108,7 +108,7 @@ def test_coco_without_some_images(coco, tmp_path, capsys):
     (coco / "train2017" / f"{5:012d}.jpg").unlink()
     with pytest.raises(
         UserError,
-        match="captions_train2017.json has captions for files that are missing or no images: train2017/000000000005.jpg: add",
+        match="captions_train2017.json has captions for files that do not exist or are not images: train2017/000000000005.jpg; add",
     ):
         load_images(settings(tmp_path, coco, "coco"))
 

@@ -112,7 +112,7 @@ def test_many_images_outside_of_folders_are_kept(tmp_path, capsys):
     write_images(tmp_path / "in", numbered(".", "new", "old"))
     source = index_dataset(settings(tmp_path, tmp_path / "in")).source
     assert len(source.names) == 24 and source.labels is None
-    assert "note: the 2 folders are no classes: 8 of 24 images are in none of them" in capsys.readouterr().out
+    assert "note: the 2 folders are not used as classes: 8 of 24 images are in none of them" in capsys.readouterr().out
 
 
 def test_zip_has_the_order_split_and_labels_of_the_folder(tmp_path):
@@ -274,9 +274,9 @@ def test_values_are_scaled_alike_in_all_files(tmp_path, make, suffix, options, f
         (
             lambda i: (RAMP * 4095).astype(np.uint16),
             ".png",
-            r"above 4095: set data.value_range=\[0, 4095\] if they hold 12 bits",
+            r"is only 4095: set data.value_range=\[0, 4095\] if white is 4095",
         ),
-        (lambda i: (RAMP * 4095).astype(">u2"), ".tif", "above 4095: set data.value_range"),
+        (lambda i: (RAMP * 4095).astype(">u2"), ".tif", "is only 4095: set data.value_range"),
         (lambda i: RAMP * 255, ".tif", "float values, 0 to 255, are not in 0 to 1: set data.value_range"),
         (lambda i: (RAMP * 4095).astype(np.int32), ".tif", "32-bit values is unknown: set data.value_range"),
         (lambda i: np.where(RAMP > 0.5, np.nan, RAMP), ".tif", "00.tif: it contains NaN"),
@@ -298,7 +298,7 @@ def test_16_bit_color_images_must_use_their_range(tmp_path):
         if scale == 16:
             assert (load_images(config).pixels == 255).all()
         else:
-            with pytest.raises(UserError, match="in 12 16-bit images is above 3840: convert them to 8 bits"):
+            with pytest.raises(UserError, match="largest value in 12 16-bit images is only 3840: convert the images to 8"):
                 index_dataset(config)
 
 
@@ -472,7 +472,7 @@ def test_all_captions_of_an_image_are_kept(tmp_path):
         ({"text": "a", "split": ["train"]}, r"line 2: split must be one of train, .* \(got \['train'\]\)"),
         ({"text": "a", "split": "hold-out"}, r"line 2: split must be one of train, .* \(got 'hold-out'\)"),
         ({"file_name": 1}, r"line 2: expected the path of an image in file_name \(got 1\)"),
-        ({"file_name": "99.png"}, r"has rows for files that are missing or no images: 99.png \(line 2\): add"),
+        ({"file_name": "99.png"}, r"has rows for files that do not exist or are not images: 99.png \(line 2\); add"),
         ({"file_name": None}, r"expected the path of an image in file_name \(got None\)"),
     ],
 )
@@ -488,7 +488,7 @@ def test_values_of_other_types_are_named_by_line(tmp_path, row, message):
     [
         ("image,text\n00.png,a\n", r"line 2: expected the path of an image in file_name \(got None\)"),
         ("file_name,text\n00.png,a,b\n", "line 2: more values than the 2 columns"),
-        ("file_name,text\n\n99.png,a\n", r"has rows for files that are missing or no images: 99.png \(line 3\): add"),
+        ("file_name,text\n\n99.png,a\n", r"has rows for files that do not exist or are not images: 99.png \(line 3\); add"),
     ],
 )
 def test_bad_csv(tmp_path, content, message):
@@ -528,7 +528,7 @@ def test_further_columns_are_labels(tmp_path, capsys, table):
 
 
 def test_missing_and_contradictory_labels(tmp_path, capsys):
-    """A missing label is the null label. A column that differs between the captions of one image is none."""
+    """A missing label becomes the null label. A column that differs between the captions of one image is no label."""
     rows = [
         {"file_name": f"{i:02d}.png", "breed": ["pug", "corgi", None][i % 3], "author": f"{k}"}
         for i in range(12)
@@ -536,8 +536,20 @@ def test_missing_and_contradictory_labels(tmp_path, capsys):
     ]
     source = source_with(tmp_path, rows)
     assert source.labels[:, 0].tolist() == [[1, 0, 2][i % 3] for i in range(12)]
-    out = capsys.readouterr().out
-    assert "note: 4 of 12 images have no breed" in out and "author (differs between rows of one image)" in out
+    assert "author (differs between rows of one image)" in capsys.readouterr().out
+    plan = index_dataset(settings(tmp_path, tmp_path / "in")).describe()
+    assert "images with the null label: 4 without breed, of 12" in plan
+    plan = index_dataset(settings(tmp_path, tmp_path / "in", max_train_images=8)).describe()  # only images that are used
+    assert any("without breed, of 9" in line for line in plan)
+
+
+@pytest.mark.parametrize("values", [[None, None], ["", " "]])
+def test_a_label_that_no_image_has(tmp_path, capsys, values):
+    """An error if data.label_column names it. Otherwise the column is no label."""
+    rows = [{"file_name": f"{i:02d}.png", "breed": values[i % 2], "sex": "mf"[i % 2]} for i in range(12)]
+    assert list(source_with(tmp_path, rows).label_names) == ["sex"]
+    with pytest.raises(UserError, match=r"data.label_column: breed \(no image has a value\)"):
+        index_dataset(settings(tmp_path, tmp_path / "in", label_column="breed"))
 
 
 def test_metadata_in_split_folders_with_classes(tmp_path):
@@ -569,7 +581,7 @@ def test_unread_sidecars_are_named(tmp_path, capsys):
     index_dataset(settings(tmp_path, tmp_path / "in"))
     assert (
         capsys.readouterr().out.count(
-            "note: not read: X.json next to X, labels.csv; captions and labels are read from metadata.csv"
+            "note: these files are not read: X.json next to X, labels.csv; captions and labels are read only from metadata.csv"
         )
         == 1
     )

@@ -10,7 +10,7 @@ from conftest import noise_image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
 from dataset import TEST, TRAIN, VAL
-from dataset.image_cache import load_images
+from dataset.image_cache import index_dataset, load_images
 from utils.errors import UserError
 from utils.settings import load_config
 
@@ -107,22 +107,37 @@ def test_columns_and_split_of_choice(tmp_path):
     assert len(part.pixels) == 10 and np.array_equal(part.pixels, images.pixels[4:14])
 
 
-def test_hidden_labels_of_a_test_split(tmp_path):
-    """Without a validation split, test is used for validation and needs labels."""
+def test_missing_labels_are_the_null_label(tmp_path, capsys):
+    """As in data.source=folder. The plan counts them, except those of a test split, whose labels are never used."""
     label = ClassLabel(names=["a", "b"])
     splits = dict(
         train=make_dataset(label=([i % 2 for i in range(20)], label)), test=make_dataset(range(4), label=([-1] * 4, label))
     )
-    DatasetDict(splits).save_to_disk(tmp_path / "no_validation")
-    with pytest.raises(UserError, match="4 images for training or validation have no label"):
-        load_images(settings(tmp_path, tmp_path / "no_validation"))
+
+    def index(name, **options):
+        DatasetDict(splits).save_to_disk(tmp_path / name)
+        return index_dataset(settings(tmp_path, tmp_path / name, **options))
+
+    without_validation = index("no_validation")  # test is used for validation
+    assert without_validation.source.labels[:, 0].tolist() == [i % 2 for i in range(20)] + [2] * 4
+    assert "images with the null label: 4 without label, of 24" in without_validation.describe()
     splits["validation"] = make_dataset(range(20, 24), label=([0, 1, 0, 1], label))
-    DatasetDict(splits).save_to_disk(tmp_path / "data")
-    assert load_images(settings(tmp_path, tmp_path / "data")).labels[:20, 0].tolist() == [i % 2 for i in range(20)]
-    splits["train"] = make_dataset(label=([-1] + [0] * 19, label))
-    DatasetDict(splits).save_to_disk(tmp_path / "unlabelled")
-    with pytest.raises(UserError, match="1 images for training or validation have no label"):
-        load_images(settings(tmp_path, tmp_path / "unlabelled"))
+    assert not any("null label" in line for line in index("hidden_test").describe())
+    splits["train"] = make_dataset(label=([-1, None] + [1] * 18, label))
+    partly = index("partly")
+    assert partly.load().labels[:20, 0].tolist() == [2, 2] + [1] * 18
+    assert "images with the null label: 2 without label, of 24" in partly.describe()
+    breeds = [["pug", "corgi", "", None][i % 4] for i in range(20)]
+    splits = dict(train=make_dataset(breed=(breeds, Value("string"))))
+    breed = index("breeds", label_column="breed").source
+    assert breed.label_names == {"breed": ["corgi", "pug"]} and breed.labels[:4, 0].tolist() == [1, 0, 2, 2]
+    splits = dict(train=make_dataset(label=([-1] * 20, label), breed=([None] * 20, Value("string"))))
+    unlabelled = index("unlabelled")
+    assert unlabelled.source.labels is None and unlabelled.source.label_names == {}
+    assert "column label is not used as a label, because no image has a value" in capsys.readouterr().out
+    for column in ("label", "breed"):
+        with pytest.raises(UserError, match=f"data.label_column: no image of .* has a value of {column}"):
+            index_dataset(settings(tmp_path, tmp_path / "unlabelled", label_column=column))
 
 
 def test_rows_without_image_are_reported(tmp_path):
@@ -153,7 +168,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
         (dict(path=tmp_path / "no_image"), "data.image_column must name the column of the images"),
         (dict(path=tmp_path / "no_train"), "data.split: .* has no training split; choose one of a, b"),
         (dict(path=tmp_path / "bad.parquet"), "the datasets library cannot load"),
-        (dict(path=tmp_path / "bad.csv"), "known file types: .parquet"),
+        (dict(path=tmp_path / "bad.csv"), "supported file types: .parquet"),
         (dict(path="some/missing/folder"), "is neither a path that exists nor a hub id"),
         (dict(path="nobody/nothing"), "the datasets library cannot load nobody/nothing"),
     ]

@@ -148,7 +148,7 @@ def test_slerp_goes_from_one_seed_to_the_other(trained):
 
 
 @pytest.mark.parametrize("size, black, options, message", [
-    ((16, 20), False, (), "face.png must be 16x16, the size of the model (got 16x20)"),
+    ((16, 20), False, (), "face.png must be 16x16, as in the model's images (got 16x20)"),
     ((16, 16), True, (), "is black everywhere"),
     ((16, 16), False, ("sampling.image=none.png",), "cannot read none.png (No such file"),
     ((16, 16), False, ("sampling.image=null",), "sampling.mask needs sampling.image"),
@@ -166,7 +166,7 @@ def test_invalid_images(trained, tmp_path, capsys, size, black, options, message
 def test_mask_of_another_size(trained, face, tmp_path, capsys):
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     assert trained.run("infer", f"sampling.image={face}", f"sampling.mask={tmp_path}/mask.png") == 2
-    assert "mask.png must be 16x16, the size of the model (got 8x8)" in capsys.readouterr().err
+    assert "mask.png must be 16x16, as in the model's images (got 8x8)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stem, short", [

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_pipeline import copy_of, error_line
 
 import create_encodings
-from dataset import image_cache
+from dataset import cache_format, image_cache
 from dataset.encodings import LatentDataset
 from dataset.image_cache import index_dataset, load_images
 from evaluation.features import Features
@@ -114,7 +114,7 @@ LOADERS = {
     "runs/tiny/vae/state.pt": lambda config: require_same_run(
         config.run_dir / "vae", run_identity(config, "vae"), config.vae
     ),
-    **{f"runs/cache/*/{name}": load_images for name in (*image_cache.TABLES, image_cache.CHECKSUMS, "pixels.u8")},
+    **{f"runs/cache/*/{name}": load_images for name in (*cache_format.TABLES, cache_format.CHECKSUMS, "pixels.u8")},
 }
 
 
@@ -159,9 +159,9 @@ def test_training_on_damaged_pixels_saves_nothing(trained, tmp_path, capsys, mon
     shutil.rmtree(experiment.run_dir)
     (pixels,) = tmp_path.glob("runs/cache/*/pixels.u8")
     flip(pixels)
-    verify = image_cache.verify_pixels
+    verify = cache_format.verify_pixels
     if slow:
-        monkeypatch.setattr(image_cache, "verify_pixels", lambda *arguments: (time.sleep(1), verify(*arguments)))
+        monkeypatch.setattr(cache_format, "verify_pixels", lambda *arguments: (time.sleep(1), verify(*arguments)))
     line = error_line(experiment, capsys, "train_vae", "vae.save_minutes=1e-9")
     assert str(pixels.parent) in line and "checksum of images" in line and "remove it and run the same command" in line
     assert not (experiment.run_dir / "vae" / "state.pt").exists()
@@ -280,7 +280,7 @@ def interrupted_build(config, after_blocks: int) -> Path:
     index.source.read = interrupted_read
     with pytest.raises(KeyboardInterrupt):
         index.load()
-    return image_cache.partial_dir(index.cache_dir)
+    return cache_format.partial_dir(index.cache_dir)
 
 
 def cached_files(runs: Path) -> dict[str, bytes]:
@@ -352,7 +352,7 @@ def start_slow_build(config) -> tuple[subprocess.Popen, Path]:
     """Start another process that builds a cache; return when it has written two blocks."""
     overrides = [f"runs_dir={config.runs_dir}", "data.source=folder", f"data.path={config.data.path}", "data.image_size=16"]
     process = subprocess.Popen([sys.executable, "-c", SLOW_BUILD.format(root=str(ROOT), overrides=overrides)])
-    journal = image_cache.partial_dir(index_dataset(config).cache_dir) / "journal"
+    journal = cache_format.partial_dir(index_dataset(config).cache_dir) / "journal"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
         assert time.monotonic() < deadline and process.poll() is None
@@ -408,7 +408,7 @@ def test_a_file_in_the_place_of_the_cache(tmp_path, image_folder):
     cache_dir = index_dataset(config).cache_dir
     cache_dir.parent.mkdir(parents=True)
     cache_dir.write_text("x")
-    with pytest.raises(UserError, match="is a file in the place of the image cache: remove it"):
+    with pytest.raises(UserError, match="is a file, but should be the folder of the image cache: remove it"):
         load_images(config)
 
 

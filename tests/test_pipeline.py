@@ -464,8 +464,8 @@ def test_latent_stats_and_warnings():
     cfg = load_config(None).sampling
     assert "smaller than in training" in std_warnings(stats, cfg)[0]
     narrow_clamp = cfg.model_copy(update={"x0_clamp": 1.0})
-    assert "clamps the clean estimate too hard" in std_warnings({**stats, "clamped": 0.1}, narrow_clamp)[0]
-    assert "too hard" not in std_warnings({**stats, "clamped": 0.1}, cfg)[0]  # cfg has the suggested x0_clamp=range
+    assert "clamps the clean estimate too tightly" in std_warnings({**stats, "clamped": 0.1}, narrow_clamp)[0]
+    assert "too tightly" not in std_warnings({**stats, "clamped": 0.1}, cfg)[0]  # cfg has the suggested x0_clamp=range
     assert std_warnings(dict(std_ratio=1.02, worst_channel_ratio=0.95, clamped=0.0), cfg) == []
     assert "larger than in training" in std_warnings(dict(std_ratio=1.3, worst_channel_ratio=1.3, clamped=0.0), cfg)[0]
 

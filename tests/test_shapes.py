@@ -482,4 +482,4 @@ def test_initial_vae_of_other_channels_or_factor(digits, tmp_path, capsys):
 def test_initial_image_of_another_size(photos, tmp_path, capsys):
     noise_image(0, 48, 64).save(tmp_path / "turned.png")
     line = error_line(photos, capsys, "infer", f"sampling.image={tmp_path}/turned.png")
-    assert "turned.png must be 64x48, the size of the model (got 48x64)" in line
+    assert "turned.png must be 64x48, as in the model's images (got 48x64)" in line
