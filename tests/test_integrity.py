@@ -222,7 +222,7 @@ def test_damaged_features_are_an_error(trained, tmp_path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         path.write_bytes(content)
     save_tensors(path, {"key": "of other images", "features": expected})
-    with pytest.raises(UserError, match="does not hold the features of these images"):
+    with pytest.raises(UserError, match="does not contain the features of these images"):
         training_features(config, images, features, rows)
 
 
