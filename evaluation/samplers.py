@@ -66,9 +66,9 @@ def run(config: Config, dry_run: bool) -> None:
         f"# Samplers on {config.name}, {schedule} schedule",
         f"{summary}, in {str(dtype)[6:]}.{cond_note}",
         f"*RMS distance to the ODE solution*: distance to the result of {REFERENCE} with {max(cfg.steps)} steps, in units "
-        f"of the latents' std. *std ratio*: std of generated latents divided by that of training latents. *distance*: sliced "
-        f"Wasserstein distance to the {len(val_z):,} validation latents; for {cfg.num_images:,} training latents it is "
-        f"{baseline:.4f}. *seconds*: time for all images.",
+        f"of the latents' std. *std ratio*: std of generated latents divided by that of training latents. *distance*: "
+        f"sliced Wasserstein distance to the {len(val_z):,} validation latents; for {cfg.num_images:,} training latents it "
+        f"is {baseline:.4f}. *seconds*: time for all images.",
         markdown_table(HEADER, [row.cells() for row in sorted(rows, key=lambda row: row.steps)]),
         f"**{recommend(rows)}**",
     ]
