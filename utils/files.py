@@ -68,7 +68,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str = "*") -> None:
-    """Remove the temporary files that killed processes left in a folder. Files that are being written are locked and stay."""
+    """Remove the temporary files that killed processes left in a folder. Files in use are locked and stay."""
     for path in folder.glob(pattern):
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             with contextlib.suppress(OSError), open(path, "rb") as file:
