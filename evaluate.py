@@ -6,10 +6,10 @@ evaluation.task=
   condition        images generated from the captions or labels of validation images, compared with these images and with
                    others: distance in features, retrieval rank, effect of the guidance scale
   reconstruction   VAE on validation images: PSNR, SSIM, perceptual distance of vae.perceptual, Fréchet distance
-  latents          statistics per latent channel, best possible PSNR, effect of clamping, rFID, iFID; verdict whether a
-                   U-Net can be trained on these latents (GO or NO-GO)
-  loss             denoising error per bin of log(alpha/sigma), relative to the optimal denoiser for N(0, 1); comparable
-                   between schedules and predictions
+  latents          statistics per latent channel, best possible PSNR, effect of clamping, rFID and iFID (explained in
+                   docs/evaluation.md); verdict whether a U-Net can be trained on these latents (GO or NO-GO)
+  loss             denoising error per bin of log(alpha/sigma), relative to the optimal denoiser for N(0, 1); can be
+                   compared between noise schedules and prediction types
   samplers         every sampler at several step counts: distance to the ODE solution, std ratio, distance to validation
                    latents, seconds
 """

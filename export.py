@@ -1,8 +1,9 @@
 """Export a trained model to a folder that diffusers loads without this project.
 
 Writes runs/<name>/<diffusion.name>/diffusers/ with the VAE, the U-Net, a scheduler and a model card. An unconditional model
-of square images becomes an LDMPipeline; others become components, because LDMPipeline takes no labels and makes square images.
-The export is loaded again and must reproduce the samples of infer.py. Needs the package diffusers.
+of square images becomes an LDMPipeline. Other models become components without a pipeline, because LDMPipeline takes no
+labels and makes only square images. The export is loaded again and must reproduce the samples of infer.py. Needs the
+package diffusers.
 """
 
 from utils import cli
@@ -29,8 +30,8 @@ from utils.errors import UserError
 from utils.files import require_space
 
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-CHECK_STEPS, CHECK_IMAGES = 50, 2
-TOLERANCE = 1e-3  # largest difference of latents (std 1) after CHECK_STEPS steps in float32, and of pixels in [-1, 1]
+CHECK_STEPS, CHECK_IMAGES = 50, 2  # sampling steps and images in check()
+TOLERANCE = 1e-3  # largest allowed difference of latents (std 1) after CHECK_STEPS steps, and of pixels in [-1, 1]
 
 
 def export(config: Config, dry_run: bool) -> None:
@@ -52,14 +53,14 @@ def export(config: Config, dry_run: bool) -> None:
     require_space(folder, 2 * num_bytes)
     print(f"export: {model.checkpoint.path}, step {model.checkpoint.metadata['step']:,}, scheduler {scheduler_name}")
     if not is_pipeline:
-        print("note: LDMPipeline takes no labels and makes square images only: exporting components without a pipeline")
+        print("note: LDMPipeline takes no labels and makes only square images: exporting components without a pipeline")
     print(f"files: {folder}/{vae_name}/, unet/, scheduler/, README.md ({num_bytes / 1e6:,.0f} MB)")
     if dry_run:
         return
 
     import diffusers
 
-    diffusers.logging.set_verbosity_error()  # LDMPipeline is annotated for VQModel and logs that it got AutoencoderKL
+    diffusers.logging.set_verbosity_error()  # LDMPipeline works with AutoencoderKL, but logs that it expected a VQModel
     unet, vae = diffusers.UNet2DModel(**unet_args), diffusers.AutoencoderKL(**vae_args)
     unet.load_state_dict(to_diffusers(model.unet.state_dict(), unet_modules(model.unet.settings)))
     vae.load_state_dict(vae_state)
@@ -85,8 +86,11 @@ def export(config: Config, dry_run: bool) -> None:
 
 
 def vae_with_normalizer(model: LatentDiffusion) -> tuple[dict, dict[str, Tensor]]:
-    """Arguments and state dict of AutoencoderKL. The global scale becomes scaling_factor; per-channel normalization is folded into
-    the quant convolutions, because LDMPipeline ignores every other shift and scale."""
+    """Return the arguments and the state dict of an AutoencoderKL that includes the latent normalization.
+
+    A global scale becomes scaling_factor. Per-channel normalization is folded into the quant convolutions, because
+    scaling_factor is the only normalization that LDMPipeline applies.
+    """
     n, settings, state, size = model.normalizer, dict(model.vae.settings), model.vae.state_dict(), model.image_shape[:2]
     if bool((n.shift == 0).all()) and bool((n.scale == n.scale[0]).all()):
         return vae_config(settings, size, float(n.scale[0])), to_diffusers(state, vae_modules(settings))
@@ -106,7 +110,10 @@ def identity_quant_convs(channels: int) -> dict[str, Tensor]:
 
 
 def fold_normalizer(state: dict[str, Tensor], n: Normalizer) -> dict[str, Tensor]:
-    """mean -> (mean - shift) scale and logvar -> logvar + 2 log(scale) after the encoder; the inverse before the decoder."""
+    """Fold the normalization z = (latent - shift) scale into quant_conv, and its inverse into post_quant_conv.
+
+    In the encoder, mean becomes (mean - shift) scale, and logvar becomes logvar + 2 log(scale).
+    """
     gain = torch.cat([n.scale, torch.ones_like(n.scale)])
     offset = torch.cat([-n.shift * n.scale, 2 * n.scale.log()])
     post = state["post_quant_conv.weight"]
@@ -119,15 +126,16 @@ def fold_normalizer(state: dict[str, Tensor], n: Normalizer) -> dict[str, Tensor
 
 
 def scheduler_config(schedule: Schedule, prediction: str, sigma_max: float | None) -> tuple[str, dict]:
-    """Class and arguments of the scheduler whose 50 steps are those of `ddim` with trailing spacing.
+    """Return class and arguments of the diffusers scheduler that takes the same 50 steps as `ddim` with trailing spacing.
 
-    DDIMScheduler cannot start below T-1 with strides that do not divide T. DPM-Solver of order 1 is DDIM with eta = 0 and can.
+    DDIMScheduler takes these steps only if sampling starts at timestep T-1 and 50 divides T. For all other cases,
+    DPM-Solver of order 1 is used. It is equivalent to DDIM with eta = 0.
     """
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"diffusion.prediction={prediction} has no counterpart in diffusers' DDIM")
     if schedule.name == "flow":
         raise ValueError("diffusion.schedule=flow has no counterpart in LDMPipeline")
-    # Timesteps above sigma_max are cut off, because diffusers' schedulers start at the last one.
+    # Timesteps above sigma_max are removed, because diffusers' schedulers always start at the last timestep.
     usable = timesteps(schedule, schedule.timesteps, "trailing", sigma_max)[0] + 1
     alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:usable]])
     common = dict(
@@ -148,9 +156,10 @@ def scheduler_config(schedule: Schedule, prediction: str, sigma_max: float | Non
 
 @torch.no_grad()
 def check(model: LatentDiffusion, folder: Path, vae_name: str, scheduler_name: str, sigma_max: float | None) -> float:
-    """Load the export and compare its samples with those of `model`. Refuses a difference above TOLERANCE.
+    """Load the export and compare its samples with those of `model`. Return the largest difference of latents.
 
-    This finds wrong arguments that load without an error, such as norm_eps. Returns the largest difference of latents.
+    Raises UserError if a difference exceeds TOLERANCE. This detects wrong arguments that load without an error, such as
+    norm_eps.
     """
     import diffusers
 
@@ -160,7 +169,7 @@ def check(model: LatentDiffusion, folder: Path, vae_name: str, scheduler_name: s
     cond = ()
     if model.unet.conditioner:
         num_rows = model.unet.conditioner.table.num_embeddings
-        cond = (torch.tensor([[0], [num_rows - 1]]),)
+        cond = (torch.tensor([[0], [num_rows - 1]]),)  # the first class and the null label
     noise = randn((CHECK_IMAGES, *model.latent_shape), image_generators(0, range(CHECK_IMAGES), "cpu"), "cpu")
     denoise = make_denoiser(lambda z, t: model.unet(z, t, cond), model.schedule, model.prediction, model.device)
     steps = min(CHECK_STEPS, scheduler.config.num_train_timesteps)

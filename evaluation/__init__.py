@@ -1,1 +1,1 @@
-"""Tasks of evaluate.py: run(config, dry_run) of a module writes one report."""
+"""Tasks of evaluate.py, one module per task. The module's run(config, dry_run) writes the report of the task."""

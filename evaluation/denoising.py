@@ -39,9 +39,10 @@ def run(config: Config, dry_run: bool) -> None:
     paragraphs = [
         f"# Denoising error per bin of log(alpha/sigma): {config.name}, {model.schedule.name} schedule, "
         f"predicts {model.prediction}",
-        f"{len(z):,} validation latents. The last column is the squared error of the clean estimate relative to the optimal "
-        f"denoiser for N(0, 1): 1 is no better than that denoiser. A row is a bin of width 1 in log(alpha/sigma), which is "
-        f"half the log-SNR. Rows are comparable between schedules and predictions; means only if they cover the same bins.",
+        f"Measured on {len(z):,} validation latents. Each row is a bin of width 1 in log(alpha/sigma), which is half the "
+        f"log-SNR. The last column divides the squared error of the clean estimate by the expected error of the optimal "
+        f"denoiser for N(0, 1) data; 1 means no better than that denoiser. Rows can be compared between schedules and "
+        f"prediction types. Means can be compared only if they cover the same bins.",
         markdown_table(
             ["log(alpha/sigma)", "t", "squared error of z0", "relative to the optimal denoiser for N(0, 1)"], rows
         ),
@@ -51,30 +52,31 @@ def run(config: Config, dry_run: bool) -> None:
 
 
 class Bin(NamedTuple):
-    center: int  # of log(alpha/sigma)
+    center: int  # value of log(alpha/sigma) in the middle of the bin
     first_t: int
     last_t: int
     error: float  # mean squared error of z0_hat
-    relative_error: float  # to the optimal denoiser for N(0, 1)
+    relative_error: float  # squared error divided by that of the optimal denoiser for N(0, 1)
 
 
 @torch.no_grad()
 def denoising_error(model: LatentDiffusion, z: Tensor, cond: Cond, batch_size: int) -> list[Bin]:
-    """Denoising error of z (N, C, h, w) without guidance, with the same noise in every call.
+    """Measure the denoising error of normalized latents z (N, C, h, w), without guidance and with fixed noise.
 
-    The optimal denoiser for z ~ N(0, 1) is alpha/(alpha² + sigma²) z_t, with error sigma²/(alpha² + sigma²). Bins that the
-    schedule does not cover are left out.
+    The optimal denoiser for z ~ N(0, 1) is alpha/(alpha² + sigma²) z_t. Its expected squared error is
+    sigma²/(alpha² + sigma²). Bins that the schedule does not cover completely are left out.
     """
     schedule, generator, bins = model.schedule, torch.Generator().manual_seed(0), []
     no_guidance = SamplingConfig(guidance=1.0)
     all_t = torch.arange(schedule.timesteps)
-    lambdas = (schedule.alpha(all_t) / schedule.sigma(all_t)).log()  # decreasing in t
+    lambdas = (schedule.alpha(all_t) / schedule.sigma(all_t)).log()  # (T,), decreasing in t
     for center in range(MAX_BIN_CENTER, -MAX_BIN_CENTER - 1, -1):
         if lambdas[0] < center + 0.5 or lambdas[-1] > center - 0.5:
             continue
         bin_t = all_t[(lambdas - center).abs() <= 0.5]
-        if not len(bin_t):  # a schedule with few timesteps
+        if not len(bin_t):  # possible if the schedule has few timesteps
             continue
+        # One timestep per latent, evenly spread over the bin in log(alpha/sigma).
         targets = torch.linspace(center + 0.5, center - 0.5, len(z), dtype=torch.float64)
         t = bin_t[(lambdas[bin_t] - targets[:, None]).abs().argmin(dim=1)].to(z.device)
         eps = torch.randn(z.shape, generator=generator).to(z.device)
@@ -89,7 +91,7 @@ def denoising_error(model: LatentDiffusion, z: Tensor, cond: Cond, batch_size: i
         bins.append(Bin(center, int(bin_t[0]), int(bin_t[-1]), float(error.mean()), float((error / optimal).mean())))
     if not bins:
         raise UserError(
-            f"evaluation.task=loss: no timestep of this schedule lies in a bin of log(alpha/sigma) "
-            f"(T = {schedule.timesteps}): train with more diffusion.timesteps"
+            f"evaluation.task=loss: the schedule has too few timesteps (T = {schedule.timesteps}) to cover any bin of "
+            f"log(alpha/sigma): train with more diffusion.timesteps"
         )
     return bins

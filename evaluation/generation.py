@@ -1,4 +1,4 @@
-"""evaluation.task=generation: metrics between generated and training images, and a memorization check."""
+"""evaluation.task=generation: compare generated images with training images, and check for memorization."""
 
 import hashlib
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from utils.errors import UserError
 from utils.images import image_grid, save_png
 
 NEAREST_IMAGES = 12  # generated images in nearest_grid()
-NUM_NEIGHBORS = 3  # training images per generated image
-NEAR_QUANTILE = 0.01  # of the distances of validation images; see Memorization
+NUM_NEIGHBORS = 3  # training images shown next to each generated image
+NEAR_QUANTILE = 0.01  # a generated image is "near" if its distance is below this quantile of validation distances
 
 
 def run(config: Config, dry_run: bool) -> None:
@@ -37,7 +37,7 @@ def run(config: Config, dry_run: bool) -> None:
     if not cfg.features:
         raise UserError("evaluation.task=generation needs at least one network in evaluation.features (got [])")
     model = LatentDiffusion.load(config, device, dtype)
-    model.timesteps(sampling)  # checks the settings
+    model.timesteps(sampling)  # reports wrong sampling settings before the evaluation starts
     encodings = load_encodings(model.vae, config) if model.unet.conditioner else None
     networks = load_features(cfg, device)
     guidance = f"_w{sampling.guidance:g}" if sampling.guidance != 1 else ""
@@ -67,18 +67,19 @@ def run(config: Config, dry_run: bool) -> None:
         f"Compared with {len(train_rows):,} of {len(images.rows(TRAIN)):,} training images, not mirrored "
         f"({config.data.source}, crop {config.data.crop_name}, {config.data.size_text} px), "
         f"in features of {', '.join(c.network for c in comparisons)}.{small_set_note(len(val), comparisons)}",
-        f"Conditions of {min(num_images, len(encodings.val_mean)):,} validation images."
+        f"Conditioned on the labels or captions of {min(num_images, len(encodings.val_mean)):,} validation images."
         if cond
         else "Unconditional samples.",
         comparison_table(comparisons),
-        f"Latents: generated/training std {stats['std_ratio']:.3f} overall, {stats['worst_channel_ratio']:.3f} in the worst "
-        f"channel; {stats['clamped']:.2%} of clean estimates clamped; {stats['out_of_range']:.2%} of pixels out of range.",
+        f"Latents: the std of generated latents is {stats['std_ratio']:.3f} times that of training latents, and "
+        f"{stats['worst_channel_ratio']:.3f} times in the worst channel. {stats['clamped']:.2%} of the values of clean "
+        f"estimates were clamped. {stats['out_of_range']:.2%} of pixel values were outside [-1, 1].",
         "Error budget:\n\n" + "\n".join(f"- {c.name}: {error_budget(*c.distances[:3])}" for c in comparisons),
-        f"Memorization: nearest of {len(train_rows):,} training images{' and their mirror images' * config.data.flip}. "
-        f"Without memorization, {NEAR_QUANTILE:.0%} of generated images are nearer than {1 - NEAR_QUANTILE:.0%} of the "
-        f"reconstructed validation images.",
-        f"{name}_nearest.png shows the {NEAREST_IMAGES} nearest in features of {comparisons[0].name}: the generated image, "
-        f"then its {NUM_NEIGHBORS} nearest training images.",
+        f"Memorization: distance to the nearest of {len(train_rows):,} training images"
+        f"{' and their mirror images' * config.data.flip}. Without memorization, about {NEAR_QUANTILE:.0%} of generated "
+        f"images are nearer to a training image than {1 - NEAR_QUANTILE:.0%} of the reconstructed validation images are.",
+        f"{name}_nearest.png shows the {NEAREST_IMAGES} generated images that are nearest to a training image (features of "
+        f"{comparisons[0].name}), each followed by its {NUM_NEIGHBORS} nearest training images.",
     ]
     origin = weights_origin("U-Net", model.checkpoint.fingerprint, model.checkpoint.metadata)
     write_report(config, name, device, origin, "\n\n".join(paragraphs))
@@ -87,7 +88,10 @@ def run(config: Config, dry_run: bool) -> None:
 
 
 def generate_images(model: LatentDiffusion, cfg: SamplingConfig, cond: Cond, n: int) -> tuple[np.ndarray, dict]:
-    """Return uint8 (n, H, W, C) and the statistics of their latents. Image i has condition i % len(cond[0])."""
+    """Generate images, uint8 (n, H, W, C), and return them with statistics of their latents.
+
+    Image i has condition i % len(cond[0]).
+    """
     samples = model.generate(cfg.model_copy(update={"cols": 1}), OutputSpec(n, keep_pixels=n), cond)
     require_finite(samples.moments, cfg)
     return samples.pixel_array(), samples.stats(model.normalizer)
@@ -96,7 +100,7 @@ def generate_images(model: LatentDiffusion, cfg: SamplingConfig, cond: Cond, n: 
 def training_features(
     config: Config, images: Images, features: Features, rows: np.ndarray, mirrored: bool = False
 ) -> Tensor:
-    """Return (len(rows), D), cached by images, network and rows."""
+    """Return the features (len(rows), D) of the training images at `rows`, from a cache file if there is one."""
     network = f"{features.name} {features.fingerprint}"
     key = f"{images.fingerprint} {network} {len(rows)} {images.pixels.shape}{' mirrored' if mirrored else ''}"
     path = Path(config.runs_dir) / "cache" / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
@@ -106,13 +110,13 @@ def training_features(
     remedy = "remove it and run the same command again"
     content = load_tensors(path, remedy)
     if content.get("key") != key:
-        raise UserError(f"{path} does not hold the features of these images: {remedy}")
+        raise UserError(f"{path} does not contain the features of these images: {remedy}")
     return content["features"]
 
 
 @dataclass
 class SetMetrics:
-    """Metrics between a set of images and the training images."""
+    """Metrics of one set of images compared with the training images."""
 
     label: str
     n: int
@@ -143,26 +147,31 @@ METRICS = {
 
 @dataclass
 class Comparison:
-    """Distances and memorization in the features of one network."""
+    """Metrics and memorization check with the features of one network."""
 
     name: str
-    network: str  # name, dimension and weights
-    dim: int
-    distances: list[SetMetrics]  # of generated, validation and reconstructed images, and of all generated images if more
+    network: str  # description: name, number of features and weights
+    dim: int  # number of features
+    # Of generated, validation and reconstructed images in equal numbers; then of all generated images, if there are more.
+    distances: list[SetMetrics]
     memorization: "Memorization"
 
     @classmethod
     def measure(cls, network: Features, sets: list[Tensor], train: Tensor, mirrored: Tensor | None) -> "Comparison":
-        """sets: features of generated, validation and reconstructed images. mirrored: of mirrored training images."""
+        """Compute the metrics of all sets of images with one network.
+
+        sets            features of generated, validation and reconstructed images
+        train, mirrored features of the training images and of their mirror images
+        """
         generated, val, reconstructed = sets
-        # Distances depend on the number of images: compare sets of one size.
+        # Sets of equal size, because the metrics depend on the number of images.
         labelled = {"generated": evenly_spaced(generated, len(val)), "validation images": val, RECONSTRUCTED: reconstructed}
         if len(generated) > len(val):
             labelled["generated, all"] = generated
         distances = [SetMetrics.measure(label, features, train) for label, features in labelled.items()]
-        seen = train if mirrored is None else torch.cat([train, mirrored])  # by the U-Net
-        # Compared with reconstructions, because the blur of the VAE alone changes distances.
-        memorization = Memorization.measure(generated, reconstructed, seen)
+        train_and_mirrored = train if mirrored is None else torch.cat([train, mirrored])
+        # The reference is reconstructions and not originals, because the VAE's blur alone changes the distances.
+        memorization = Memorization.measure(generated, reconstructed, train_and_mirrored)
         weights = f", {network.weights}" if network.weights else ""
         description = f"**{network.name}** ({train.shape[1]:,} features{weights})"
         return cls(network.name, description, train.shape[1], distances, memorization)
@@ -179,7 +188,8 @@ def comparison_table(comparisons: list[Comparison]) -> str:
         for metric, text in METRICS.items()
         for i in range(len(first.distances))
     ]
-    median, near = "median distance to the nearest training image", f"nearer than {1 - NEAR_QUANTILE:.0%} of those"
+    median = "median distance to the nearest training image"
+    near = f"nearer than {1 - NEAR_QUANTILE:.0%} of these reconstructions"
     num_generated = f"{len(first.memorization.nearest):,}"
     rows += [
         [median, "generated", num_generated, *(f"{m.median:.2f}" for m in memorizations)],
@@ -194,14 +204,14 @@ def small_set_note(n: int, comparisons: list[Comparison]) -> str:
     if not larger:
         return ""
     return (
-        f" {n:,} images are fewer than the {' and the '.join(larger)}: most of each Fréchet distance is then bias, the same "
-        f"in all rows, which makes their ratio look better than it is. KID has no such bias."
+        f" {n:,} images are fewer than the {' and the '.join(larger)}. Most of each Fréchet distance is then a bias that "
+        f"all rows share, so ratios of these distances look better than they are. KID has no such bias."
     )
 
 
 def error_budget(generated: SetMetrics, val: SetMetrics, reconstructed: SetMetrics) -> str:
     if val.frechet <= 0:
-        return "none: validation images do not differ from training images."
+        return "not available, because the Fréchet distance of validation images is not above 0."
     return (
         f"the Fréchet distance of generated images is {generated.frechet / val.frechet:.2f} times that of "
         f"validation images. Of the difference of {generated.frechet - val.frechet:.2f}, the VAE causes "
@@ -214,14 +224,14 @@ def error_budget(generated: SetMetrics, val: SetMetrics, reconstructed: SetMetri
 class Memorization:
     """Feature distances of generated images to their nearest training images."""
 
-    nearest: list[tuple[int, list[int]]]  # (generated, training images), nearest first
-    median: float
-    val_median: float
-    near: float  # fraction of generated images nearer than the NEAR_QUANTILE of validation images
+    nearest: list[tuple[int, list[int]]]  # indices (generated image, its nearest training images), sorted by distance
+    median: float  # distance of generated images
+    val_median: float  # distance of validation images
+    near: float  # fraction of generated images with a distance below the NEAR_QUANTILE of validation distances
 
     @classmethod
     def measure(cls, generated: Tensor, val: Tensor, train: Tensor) -> "Memorization":
-        """Compute from the features (N, D) of the three sets of images."""
+        """Compare the features (N, D) of the three sets of images."""
 
         def neighbors_of(features: Tensor) -> tuple[Tensor, Tensor]:
             parts = [torch.cdist(part, train).topk(NUM_NEIGHBORS, largest=False) for part in features.split(256)]
@@ -235,7 +245,10 @@ class Memorization:
 
 
 def nearest_grid(memorization: Memorization, generated: np.ndarray, pixels: np.ndarray, train_rows: np.ndarray) -> Image:
-    """Generated images, each with its nearest training images. Neighbors j >= len(train_rows) are mirrored."""
+    """Grid of generated images, each followed by its nearest training images.
+
+    A neighbor j >= len(train_rows) is the mirror image of training image j - len(train_rows).
+    """
     grid = []
     for i, neighbors in memorization.nearest[:NEAREST_IMAGES]:
         grid.append(generated[i])

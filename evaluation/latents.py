@@ -1,4 +1,4 @@
-"""evaluation.task=latents: statistics of the latents, iFID, and a verdict."""
+"""evaluation.task=latents: statistics of the latents, iFID, and a verdict whether a U-Net can be trained on them."""
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ from utils.checkpoints import fingerprint
 from utils.device import pick_device, pick_precision
 from utils.images import to_float, to_uint8
 
-MIN_RELATIVE_STD = 0.1  # of a channel, relative to the largest
-MAX_KURTOSIS = 10.0
-MIN_PSNR = 24.0  # dB
-MAX_STD_RATIO = 4.0  # of the largest to the smallest channel
-CHUNK = 4096  # training latents per step of the search for neighbors
+# Limits of verdict()
+MIN_RELATIVE_STD = 0.1  # std of a channel / largest std of all channels
+MAX_KURTOSIS = 10.0  # of a channel
+MIN_PSNR = 24.0  # of reconstructions, in dB
+MAX_STD_RATIO = 4.0  # largest / smallest std of all channels
+
+CHUNK = 4096  # training latents that nearest_latents() compares at a time
 
 
 def run(config: Config, dry_run: bool) -> None:
@@ -50,7 +52,10 @@ def latent_report(
     batch_size: int,
     device: torch.device,
 ) -> list[str]:
-    """Paragraphs on training latents per channel, clamping and iFID, measured on uint8 images (N, H, W, C)."""
+    """Return the paragraphs of the report.
+
+    originals: validation images, uint8 (N, H, W, C).
+    """
     normalizer, means, nats = encodings.normalizer.to(device), [], []
     for batch in torch.from_numpy(np.ascontiguousarray(originals)).split(batch_size):
         posterior = vae.encode(to_float(batch).to(device))
@@ -80,8 +85,8 @@ def latent_report(
         ifid = ifid_report(networks, originals, reconstructions, interpolated, batch_size)
     return [
         markdown_table(["channel", "mean", "std", "kurtosis", "range"], channels),
-        f"{float(torch.cat(nats).mean()):.2f} nats per latent dimension. Best possible PSNR: {best_psnr:.2f} dB on "
-        f"{len(originals):,} validation images.",
+        f"KL: {float(torch.cat(nats).mean()):.2f} nats per latent dimension. Best possible PSNR: {best_psnr:.2f} dB, "
+        f"measured on reconstructions of {len(originals):,} validation images.",
         markdown_table(["clamp", "values clamped", "PSNR"], clamps),
         *ifid,
         f"**{verdict(normalizer, best_psnr)}**",
@@ -89,7 +94,10 @@ def latent_report(
 
 
 def nearest_latents(z: Tensor, latents: Tensor, normalizer: Normalizer) -> Tensor:
-    """Return the one of `latents` (M, C, h, w), not normalized, with largest cosine similarity to each z (N, C, h, w)."""
+    """Find the training latent with the largest cosine similarity to each normalized z (N, C, h, w).
+
+    `latents` (M, C, h, w) are not normalized; the result (N, C, h, w) is.
+    """
     directions = F.normalize(z.flatten(1))  # (N, D)
     best = torch.full((len(z),), -2.0, device=z.device)
     rows = torch.zeros(len(z), dtype=torch.long, device=z.device)
@@ -108,29 +116,31 @@ def midpoints(z: Tensor, neighbors: Tensor) -> Tensor:
 def ifid_report(
     networks: list[Features], originals: np.ndarray, reconstructions: np.ndarray, interpolated: np.ndarray, batch_size: int
 ) -> list[str]:
-    """rFID and iFID: Fréchet distances of decoded latents and of decoded midpoints to the originals, uint8 (N, H, W, C).
+    """Report rFID and iFID: the Fréchet distances of reconstructions and of interpolated images to the originals.
 
-    iFID: Xu et al., "Making Reconstruction FID Predictive of Diffusion Generation FID", arXiv 2603.05630. As in the authors'
-    code, neighbors are training latents with the largest cosine similarity, and the interpolation is spherical. That code
-    takes a random one of the ten nearest latents; this takes the nearest, as in the paper's abstract.
+    All images are uint8 (N, H, W, C). An interpolated image is decoded from the midpoint between a latent and its nearest
+    training latent. Source: Xu et al., "Making Reconstruction FID Predictive of Diffusion Generation FID", arXiv 2603.05630.
+    As in the authors' code, nearest means largest cosine similarity, and the interpolation is spherical. Their code picks
+    one of the ten nearest latents at random. This function uses the nearest one, as the paper's abstract says.
     """
     rows, dims = [], []
     for network in networks:
         real, *others = (network(pixels, batch_size) for pixels in (originals, reconstructions, interpolated))
         rows.append([network.name, f"{real.shape[1]:,}", *(f"{frechet(x, real):.2f}" for x in others)])
         dims.append(real.shape[1])
-    few = " They are fewer than the features: both distances are mostly bias." if len(originals) < max(dims) else ""
+    bias_note = " Fewer images than features make both distances mostly bias." if len(originals) < max(dims) else ""
     return [
         markdown_table(["network", "features", "rFID", "iFID"], rows),
-        f"rFID is the Fréchet distance of features φ(D(zᵢ)) to φ(xᵢ), iFID that of φ(D(slerp(zᵢ, nᵢ, ½))) (Xu et al., arXiv "
-        f"2603.05630). xᵢ: {len(originals):,} validation images.{few} zᵢ: their latents; nᵢ: the training latent of largest "
-        f"cosine similarity to zᵢ; D: decoder; φ: network. In the paper iFID predicts how well a diffusion model samples these "
-        f"latents, and rFID does not. Lower is better; compare VAEs on the same images with the same network.",
+        f"rFID is the Fréchet distance between the features φ(D(zᵢ)) and φ(xᵢ). iFID is the Fréchet distance between "
+        f"φ(D(slerp(zᵢ, nᵢ, ½))) and φ(xᵢ) (Xu et al., arXiv 2603.05630). Here xᵢ are {len(originals):,} validation images, "
+        f"zᵢ their latents, nᵢ the training latents with the largest cosine similarity to zᵢ, D is the decoder and φ the "
+        f"feature network.{bias_note} In the paper, iFID predicts how well a diffusion model samples the latents; rFID does "
+        f"not. Lower is better. Compare VAEs only on the same images and with the same feature network.",
     ]
 
 
 def verdict(normalizer: Normalizer, psnr: float) -> str:
-    """GO, or NO-GO with the remedy. `psnr` (dB) is that of reconstructions."""
+    """Return GO, or NO-GO with a remedy. `psnr` is the PSNR of reconstructions in dB."""
     std = normalizer.std
     unused = [c for c in range(len(std)) if std[c] < MIN_RELATIVE_STD * float(std.max())]
     if unused:
@@ -140,14 +150,14 @@ def verdict(normalizer: Normalizer, psnr: float) -> str:
         )
     if psnr < MIN_PSNR:
         return (
-            f"NO-GO: the VAE reconstructs at {psnr:.1f} dB, and no sample can be better: "
-            f"train it longer, or use more vae.latent_channels"
+            f"NO-GO: the PSNR of reconstructions is only {psnr:.1f} dB, and generated images cannot be better: "
+            f"train the VAE longer, or use more vae.latent_channels"
         )
     heavy = [c for c in range(len(std)) if normalizer.kurtosis[c] > MAX_KURTOSIS]
     if heavy:
         return (
-            f"NO-GO: channels {heavy} have heavy tails (kurtosis above {MAX_KURTOSIS:g}), which samplers with few steps "
-            f"miss: use a larger vae.kl_weight"
+            f"NO-GO: channels {heavy} have heavy tails (kurtosis above {MAX_KURTOSIS:g}), which samplers do not reproduce "
+            f"in few steps: use a larger vae.kl_weight"
         )
     ratio = float(std.max() / std.min())
     if ratio > MAX_STD_RATIO:

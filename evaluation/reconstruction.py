@@ -1,4 +1,4 @@
-"""evaluation.task=reconstruction: the VAE on validation images."""
+"""evaluation.task=reconstruction: compare validation images with their reconstructions by the VAE."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.image_metrics import psnr_ssim
 from utils.images import comparison_grid, save_png, to_float, to_uint8
 
-MIN_VAL_IMAGES = 8  # precision and recall need more images than neighbors
+MIN_VAL_IMAGES = 8  # precision and recall need more images than the nearest neighbors that they use
 GRID_IMAGES = 32
 
 
@@ -59,7 +59,8 @@ def run(config: Config, dry_run: bool) -> None:
 
 def val_pixels(images: Images, at_most: int) -> np.ndarray:
     """Return evenly spaced images of the validation and test splits, uint8 (N, H, W, C)."""
-    rows = evenly_spaced(np.concatenate([images.rows(VAL), images.rows(TEST)]), at_most)  # files may be sorted
+    # Evenly spaced and not the first ones, because files may be sorted by class.
+    rows = evenly_spaced(np.concatenate([images.rows(VAL), images.rows(TEST)]), at_most)
     if len(rows) < MIN_VAL_IMAGES:
         raise UserError(
             f"evaluation needs at least {MIN_VAL_IMAGES} validation images (got {len(rows)}): "
@@ -70,7 +71,7 @@ def val_pixels(images: Images, at_most: int) -> np.ndarray:
 
 @torch.no_grad()
 def reconstruct(vae: VAE, pixels: np.ndarray, batch_size: int, device: torch.device, dtype: torch.dtype) -> np.ndarray:
-    """Encode and decode uint8 (N, H, W, C), using the posterior mean."""
+    """Encode and decode uint8 images (N, H, W, C), using the posterior mean as the latent."""
     reconstructions = []
     for batch in torch.from_numpy(np.ascontiguousarray(pixels)).split(batch_size):
         with autocast(device, dtype):

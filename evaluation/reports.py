@@ -1,4 +1,4 @@
-"""Markdown reports in results/, and the plan of an evaluation."""
+"""Markdown reports in results/, and the plan that evaluate.py prints before it starts."""
 
 from pathlib import Path
 from typing import Iterable, Sequence
@@ -18,7 +18,10 @@ def print_plan(config: Config, summary: str, device: torch.device, dtype: torch.
 
 
 def write_report(config: Config, name: str, device: torch.device, origin: str, text: str) -> None:
-    """Print a report and write it to results/<name>.md. A report of another command or other weights is kept."""
+    """Print a report and write it to results/<name>.md.
+
+    An existing report of another command or of other weights is renamed, not overwritten.
+    """
     path, source = Path(config.results_dir) / f"{name}.md", f"`{cli.command}`, {origin}"
     if path.exists() and source not in path.read_text(encoding="utf-8", errors="replace"):
         keep_old_version(path.parent, name, (".md", ".png", "_nearest.png"))

@@ -1,4 +1,4 @@
-"""evaluation.task=samplers: every sampler from the same noise."""
+"""evaluation.task=samplers: compare samplers and numbers of steps, all starting from the same noise."""
 
 import time
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 ODE_SOLVERS = ("ddim", "euler", "heun", "dpmpp_2m", "unipc")  # deterministic solvers of the probability-flow ODE
-REFERENCE = "heun"  # its samples with the most steps are taken as the ODE solution
-NUM_PROJECTIONS, NUM_QUANTILES = 512, 256  # of the sliced Wasserstein distance
-MAX_DISTANCE_RATIO = 1.05  # distance of a recommended sampler relative to that of the best sampler
-STD_RANGE = (0.97, 1.03)  # of std ratios of recommended samplers
+REFERENCE = "heun"  # solver whose result with the most steps counts as the exact ODE solution
+NUM_PROJECTIONS, NUM_QUANTILES = 512, 256  # in sliced_wasserstein()
+MAX_DISTANCE_RATIO = 1.05  # largest distance of a recommended sampler, relative to the distance of the best sampler
+STD_RANGE = (0.97, 1.03)  # allowed std ratio of a recommended sampler
 
 
 def run(config: Config, dry_run: bool) -> None:
@@ -37,9 +37,11 @@ def run(config: Config, dry_run: bool) -> None:
     encodings = LatentDataset.load(encodings_path(config))
     timesteps, schedule = model.schedule.timesteps, model.schedule.name
     if max(cfg.steps) > timesteps:
-        raise UserError(f"evaluation.steps must be at most {timesteps}, the T of the model (got {max(cfg.steps)})")
+        raise UserError(
+            f"evaluation.steps must be at most {timesteps}, the number of timesteps of the model (got {max(cfg.steps)})"
+        )
     for sampler in cfg.samplers:
-        model.timesteps(config.sampling.model_copy(update={"sampler": sampler}))  # checks the settings
+        model.timesteps(config.sampling.model_copy(update={"sampler": sampler}))  # reports wrong settings before the start
     if cfg.num_images > len(encodings.mean):
         raise UserError(
             f"evaluation.num_images must be at most {len(encodings.mean):,}, the number of training latents to compare "
@@ -59,12 +61,14 @@ def run(config: Config, dry_run: bool) -> None:
     cond = val_conditions(model.unet.conditioner, encodings, cfg.num_images, device)
     rows = compare_samplers(config, model, val_z, cond)
     baseline = train_baseline(model, encodings, val_z, cfg.num_images)
+    cond_note = " Conditioned on the labels or captions of validation images." if cond else ""
     paragraphs = [
         f"# Samplers on {config.name}, {schedule} schedule",
-        f"{summary}, in {str(dtype)[6:]}." + (" Conditions of validation images." if cond else ""),
-        f"*RMS distance to the ODE solution* ({REFERENCE}, {max(cfg.steps)} steps): in units of the latents' "
-        f"std. *distance*: sliced Wasserstein distance to the {len(val_z):,} validation latents; the same number of training "
-        f"latents has {baseline:.4f}.",
+        f"{summary}, in {str(dtype)[6:]}.{cond_note}",
+        f"*RMS distance to the ODE solution*: distance to the result of {REFERENCE} with {max(cfg.steps)} steps, in units "
+        f"of the latents' std. *std ratio*: std of generated latents divided by that of training latents. *distance*: "
+        f"sliced Wasserstein distance to the {len(val_z):,} validation latents; for {cfg.num_images:,} training latents it "
+        f"is {baseline:.4f}. *seconds*: time for all images.",
         markdown_table(HEADER, [row.cells() for row in sorted(rows, key=lambda row: row.steps)]),
         f"**{recommend(rows)}**",
     ]
@@ -88,13 +92,13 @@ HEADER = (
 
 @dataclass
 class SamplerMetrics:
-    """Metrics of one sampler with one number of steps."""
+    """Metrics of one sampler with one number of steps: a row of the report."""
 
     sampler: str
     steps: int
-    evaluations: int  # of the network, per image
-    ode_distance: float | None  # RMS distance to the ODE solution; None if noise is added
-    std_ratio: float
+    evaluations: int  # network evaluations per image
+    ode_distance: float | None  # RMS distance to the ODE solution; None for samplers that add noise
+    std_ratio: float  # std of generated latents / std of training latents
     distance: float  # sliced Wasserstein distance to validation latents
     seconds: float  # for all images
     spacing: str = ""
@@ -106,7 +110,10 @@ class SamplerMetrics:
 
 
 def compare_samplers(config: Config, model: LatentDiffusion, val_z: Tensor, cond: Cond) -> list[SamplerMetrics]:
-    """Metrics per sampler and number of steps. REFERENCE runs first: others are compared with it."""
+    """Measure every sampler with every number of steps.
+
+    REFERENCE runs first, because the results of all other ODE solvers are compared with its result.
+    """
     cfg = config.evaluation
     spec = OutputSpec(cfg.num_images, keep_latents=True)
 
@@ -147,9 +154,10 @@ def compare_samplers(config: Config, model: LatentDiffusion, val_z: Tensor, cond
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
-    """2-Wasserstein distance of projections of latents (N, C, h, w) and (M, C, h, w), RMS over fixed random directions.
+    """Sliced 2-Wasserstein distance between latents (N, C, h, w) and (M, C, h, w) (Rabin et al. 2012).
 
-    Rabin et al. 2012. It is above 0 for finite samples of one distribution, see train_baseline().
+    The latents are projected onto fixed random directions; the result is the RMS of the 1-D distances. Two finite samples
+    of one distribution have a distance above 0, which train_baseline() estimates.
     """
     directions = torch.randn(a[0].numel(), NUM_PROJECTIONS, generator=torch.Generator().manual_seed(0))
     directions = directions / directions.norm(dim=0)
@@ -160,26 +168,29 @@ def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
 
 
 def train_baseline(model: LatentDiffusion, encodings: LatentDataset, val_z: Tensor, n: int) -> float:
-    """sliced_wasserstein() of n random training latents to validation latents, mean of five subsets."""
+    """Sliced Wasserstein distance between n random training latents and the validation latents, mean of five subsets."""
     subsets = [torch.randperm(len(encodings.mean), generator=torch.Generator().manual_seed(i))[:n] for i in range(5)]
     latents = (model.normalizer.normalize(encodings.mean[rows].to(model.device)) for rows in subsets)
     return sum(sliced_wasserstein(z, val_z) for z in latents) / len(subsets)
 
 
 def recommend(rows: list[SamplerMetrics]) -> str:
-    """Name the cheapest sampler about as good as ancestral sampling with the most steps."""
+    """Recommend the cheapest sampler with about the distance of the best one.
+
+    The best is ancestral sampling with the most steps or, if ancestral was not run, the sampler with the smallest distance.
+    """
     ancestral = [row for row in rows if row.sampler == "ancestral"]
     best = max(ancestral, key=lambda row: row.evaluations) if ancestral else min(rows, key=lambda row: row.distance)
     best_name = f"{best.sampler} with {best.evaluations} evaluations"
     cheaper = [row for row in rows if row is not best and row.evaluations < best.evaluations]
     close = [row for row in cheaper if row.distance <= MAX_DISTANCE_RATIO * best.distance]
     if not close:
-        message = f"recommendation: no cheaper sampler is within {MAX_DISTANCE_RATIO - 1:.0%} of {best_name}"
+        message = f"recommendation: no cheaper sampler has a distance within {MAX_DISTANCE_RATIO - 1:.0%} of {best_name}"
         nearest = min(cheaper, key=lambda row: row.distance, default=None)
         return message + (f"; the closest is {describe(nearest, best)}" if nearest else "")
     right_std = [row for row in close if STD_RANGE[0] <= row.std_ratio <= STD_RANGE[1]]
     chosen = min(right_std or close, key=lambda row: (row.evaluations, row.distance))
-    note = f" (no std ratio is in {STD_RANGE[0]} … {STD_RANGE[1]}; {best_name} has {best.std_ratio:.3f})"
+    note = f" (no such sampler has a std ratio in {STD_RANGE[0]} … {STD_RANGE[1]}; {best_name} has {best.std_ratio:.3f})"
     return f"recommendation: {describe(chosen, best)}{'' if right_std else note}"
 
 
@@ -206,12 +217,13 @@ def save_plot(path: Path, rows: list[SamplerMetrics], baseline: float, title: st
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
     for axis, (heading, value) in zip(axes, plots.items()):
         for sampler in dict.fromkeys(row.sampler for row in rows):
+            # `and value(row)` also drops the distance 0 of REFERENCE, which a log axis cannot show.
             points = sorted((row.evaluations, value(row)) for row in rows if row.sampler == sampler and value(row))
-            x, y = zip(*points) if points else ((), ())  # the distance 0 of REFERENCE has no place on a log axis
+            x, y = zip(*points) if points else ((), ())
             axis.plot(x, y, marker=".", label=sampler if points else None)
         axis.set(xscale="log", xlabel="network evaluations", title=heading)
     axes[1].axhspan(*STD_RANGE, alpha=0.15)
-    axes[1].set_ylim(0.7, 1.3)  # heun with few steps is far outside
+    axes[1].set_ylim(0.7, 1.3)  # fixed, because heun with few steps is far outside
     axes[2].axhline(baseline, linestyle=":", color="black", label="training latents")
     if any(row.ode_distance for row in rows):
         axes[0].set_yscale("log")

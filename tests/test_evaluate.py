@@ -30,9 +30,15 @@ BEST = "ancestral with 991 evaluations"
         f"unipc, 20 steps: distance 3.0% above that of {BEST}, in 2.0% of its time",
     ),
     ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0), SamplerMetrics("unipc", 50, 50, 0.1, 0.99, 0.103, 5.0)], "unipc, 50 steps"),
-    ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0)], "no std ratio is in 0.97"),
-    ([SamplerMetrics("heun", 1000, 1981, 0.1, 0.95, 0.101, 200.0)], f"no cheaper sampler is within 5% of {BEST}"),
-    ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.2, 2.0)], f"no cheaper sampler is within 5% of {BEST}; the closest is ddim"),
+    ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0)], "no such sampler has a std ratio in 0.97"),
+    (
+        [SamplerMetrics("heun", 1000, 1981, 0.1, 0.95, 0.101, 200.0)],
+        f"no cheaper sampler has a distance within 5% of {BEST}",
+    ),
+    (
+        [SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.2, 2.0)],
+        f"no cheaper sampler has a distance within 5% of {BEST}; the closest is ddim",
+    ),
 ])  # fmt: skip
 def test_recommendation(rows, expected):
     assert expected in recommend([ANCESTRAL, *rows])
@@ -63,7 +69,7 @@ def test_comparison_of_samplers_on_a_tiny_model(trained, capsys):
 
 
 @pytest.mark.parametrize("option, message", [
-    ("evaluation.steps=[5,2000]", "must be at most 1000, the T of the model (got 2000)"),
+    ("evaluation.steps=[5,2000]", "must be at most 1000, the number of timesteps of the model (got 2000)"),
     ("sampling.sigma_max=0.0001", "sigma_max = 0.0001 excludes every timestep"),
     ("evaluation.num_images=5000", "must be at most 48, the number of training latents"),
     ("evaluation.samplers=[dimm]", "'ancestral', 'ddim', 'euler'"),

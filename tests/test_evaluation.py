@@ -37,7 +37,7 @@ def normal(n=400, d=8, seed=0):
 def test_error_budget_of_identical_images():
     same = torch.ones(16, 8)
     val, generated = SetMetrics.measure("", same, same), SetMetrics.measure("", normal(16).float(), same)
-    assert error_budget(generated, val, val) == "none: validation images do not differ from training images."
+    assert "not available, because the Fréchet distance of validation images is not above 0" in error_budget(generated, val, val)
     assert "is 2.00 times" in error_budget(SetMetrics("", 8, 4.0, 0, 0, 0, 0), *[SetMetrics("", 8, 2.0, 0, 0, 0, 0)] * 2)
 
 
@@ -187,7 +187,7 @@ def test_mobilenet_from_a_local_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["inception", "efficientnet_lite0", "mobilenet_v2", "dinov2", "clip"])
 def test_missing_feature_weights(name):
-    with pytest.raises(UserError, match=f"evaluation.features={name}: its weights none.pth cannot be loaded .*{name}: PATH"):
+    with pytest.raises(UserError, match=f"evaluation.features={name}: the weights none.pth cannot be loaded .*{name}: PATH"):
         make_features(name, "none.pth", CPU)
 
 
@@ -201,7 +201,7 @@ def test_failed_download_names_the_network_that_needs_none(trained, monkeypatch,
         assert trained.run("evaluate", f"evaluation.task={task}") == 2
         out, err = capsys.readouterr()
         lines = [line for line in err.splitlines() if not line.startswith("Downloading")]  # by torch.hub
-        assert len(lines) == 1 and "features=inception: its weights cannot be loaded (no network)" in lines[0] and not out
+        assert len(lines) == 1 and "features=inception: the weights cannot be loaded (no network)" in lines[0] and not out
         assert "evaluation.features=efficientnet_lite0, which needs no download" in lines[0]
 
 
@@ -209,14 +209,14 @@ def test_failed_download_names_the_network_that_needs_none(trained, monkeypatch,
 def test_unknown_hub_id_is_one_line(trained, capsys, name):
     assert trained.run("evaluate", f"evaluation.features={name}", "evaluation.weights=nobody/no-such-model") == 2
     out, err = capsys.readouterr()
-    assert "its weights nobody/no-such-model cannot be loaded" in err and err.count("\n") == 1 and not out
+    assert "the weights nobody/no-such-model cannot be loaded" in err and err.count("\n") == 1 and not out
 
 
 def test_weights_of_another_network_are_refused(dinov2, clip):
     """transformers would leave the missing tensors random."""
-    with pytest.raises(UserError, match="is not a CLIPVisionModelWithProjection: it lacks vision_model"):
+    with pytest.raises(UserError, match="is not a CLIPVisionModelWithProjection: it lacks the tensor vision_model"):
         make_features("clip", str(dinov2), CPU)
-    with pytest.raises(UserError, match="is not a Dinov2Model: it lacks"):
+    with pytest.raises(UserError, match="is not a Dinov2Model: it lacks the tensor"):
         make_features("dinov2", str(clip), CPU)
 
 
@@ -259,7 +259,7 @@ def make_normalizer(std=(1.0, 1.0), kurtosis=(0.0, 0.0)) -> Normalizer:
 @pytest.mark.parametrize("normalizer, psnr, expected", [
     (make_normalizer(), 30.0, "GO"),
     (make_normalizer(std=(1.0, 0.01)), 30.0, r"NO-GO: channels \[1\] are unused"),
-    (make_normalizer(), 18.0, "NO-GO: the VAE reconstructs at 18.0 dB"),
+    (make_normalizer(), 18.0, "NO-GO: the PSNR of reconstructions is only 18.0 dB"),
     (make_normalizer(kurtosis=(0.0, 25.0)), 30.0, r"NO-GO: channels \[1\] have heavy tails"),
     (make_normalizer(std=(1.0, 0.2)), 30.0, "GO, with a caveat: the largest channel std is 5.0 times the smallest"),
 ])  # fmt: skip
@@ -379,7 +379,7 @@ def test_tasks(trained, dinov2, clip, capsys, task, files):
         assert "to the originals (DINOv2)" in report and "to the originals (CLIP)" in report
     if task == "latents":
         assert "| DINOv2 | 64 |" in report and "| CLIP | 24 |" in report and "2603.05630" in report
-        assert "fewer than the features" in report
+        assert "Fewer images than features" in report
 
 
 def table(report: str) -> dict[tuple, dict]:
@@ -474,7 +474,7 @@ def test_inception_from_a_local_file(tmp_path):
     assert values.shape == (3, 2048) and features.name == "Inception" and values.std() > 0
     torch.testing.assert_close(features(pixels[2:], 1), values[2:], rtol=1e-3, atol=1e-5)
     torch.save({"weights": Hostile(tmp_path / "canary")}, path)
-    with pytest.raises(UserError, match="its weights .* cannot be loaded"):
+    with pytest.raises(UserError, match="the weights .* cannot be loaded"):
         make_features("inception", str(path), CPU)
     assert not (tmp_path / "canary").exists()
 

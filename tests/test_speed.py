@@ -102,7 +102,7 @@ def test_compiled_training_gives_the_same_weights(experiment, tracing, capsys):
     for file, content in plain.items():
         compiled = load((experiment.run_dir.parent / "compiled" / file).read_bytes())
         torch.testing.assert_close(compiled, load(content), rtol=1e-3, atol=1e-4)
-    assert "nothing is compiled" not in capsys.readouterr().out
+    assert "are not compiled" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -126,7 +126,7 @@ def test_a_missing_compiler_is_reported_in_one_line(monkeypatch, capsys):
     device_utils.missing_compiler.cache_clear()
     assert net._compiled_call_impl is None
     assert capsys.readouterr().out == (
-        "note: nothing is compiled because torch.compile fails: Cannot find a working triton installation.\n"
+        "note: networks are not compiled because torch.compile fails: Cannot find a working triton installation.\n"
     )
 
 

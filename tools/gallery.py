@@ -1,9 +1,9 @@
-"""Write <RESULTS_DIR>/index.html: all grids with settings and metrics, any two side by side, and all reports.
+"""Write <RESULTS_DIR>/index.html: all grids with settings and metrics, a side-by-side view of any two, and all reports.
 
     python tools/gallery.py [RESULTS_DIR] [RUNS_DIR]          # results and runs by default
 
-The static page works from file:// and includes RESULTS_DIR/published. Settings are read from the PNG files. Loss curves are
-copied from RUNS_DIR.
+The page is static: open the file in a browser. It includes RESULTS_DIR/published. Settings and metrics are read from the
+metadata of the PNG files. Loss curves are copied from RUNS_DIR.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import jinja2
 from PIL import Image, UnidentifiedImageError
 
-FOLDERS = (".", "published")  # of RESULTS_DIR
+FOLDERS = (".", "published")  # subfolders of RESULTS_DIR with grids and reports
 METRICS = ("std_ratio", "worst_channel_ratio", "clamped", "out_of_range")
 SETTINGS = (
     "sampler", "steps", "eta", "x0_clamp", "guidance", "guidance_interval", "guidance_rescale", "clean_finish_steps", "seed"
@@ -91,13 +91,13 @@ for (const side of document.querySelectorAll(".side")) {
 
 @dataclass
 class Grid:
-    """A grid that infer.py wrote."""
+    """An image grid that infer.py wrote, with its metadata."""
 
     image: str  # path relative to the results folder
     config: dict
     latent_stats: dict
     command: str
-    details: list[tuple[str, str]]  # hardware, seconds, commit and others
+    details: list[tuple[str, str]]  # (name, value): hardware, seconds, commit, …
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ class Grid:
 
 
 def read_grid(results: Path, path: Path) -> Grid | None:
-    """Read the metadata of infer.py; None for other images."""
+    """Read a grid and its metadata. Return None for images that infer.py did not write."""
     try:
         with Image.open(path) as image:
             text = dict(image.text) if hasattr(image, "text") else {}
@@ -143,7 +143,7 @@ def read_grid(results: Path, path: Path) -> Grid | None:
 
 
 def copy_curves(results: Path, runs: Path, grids: list[Grid]) -> None:
-    """Copy loss curves of current runs to results; those of published grids are kept."""
+    """Copy the loss curves of current runs to `results`. Curves of published grids are not overwritten."""
     for grid in grids:
         curves = runs / grid.config["name"] / grid.diffusion_name / "curves.png"
         if curves.is_file() and "/" not in grid.image:
@@ -151,7 +151,11 @@ def copy_curves(results: Path, runs: Path, grids: list[Grid]) -> None:
 
 
 def first_pair(grids: list[Grid]) -> tuple[int, int]:
-    """Two models of one experiment with the same sampling settings, such as cosine and linear, or the first two grids."""
+    """Return the indices of the two grids that the page compares at first.
+
+    Preferably, they come from two U-Nets of one experiment, such as cosine and linear, with equal sampling settings.
+    Otherwise, they are the first two grids.
+    """
     for i, a in enumerate(grids):
         for j, b in enumerate(grids[i + 1 :], start=i + 1):
             same = a.config["name"] == b.config["name"] and a.config["sampling"] == b.config["sampling"]

@@ -1,9 +1,10 @@
-"""Measure which fraction of generated faces has the requested attributes, with a classifier trained on synthetic faces.
+"""Measure which fraction of generated faces has the requested attributes, using a classifier trained on synthetic faces.
 
     python tools/judge_conditions.py configs/demo_classes.yaml [more configs ...] [section.key=value ...]
 
-Trains the classifier (about three minutes on two CPU cores), then samples with and without guidance and without condition
-(the base rate). The fraction for reconstructed faces is the best that a U-Net can reach.
+Trains the classifier (about three minutes on two CPU cores). Then classifies faces generated with guidance, without
+guidance, and without a condition (the base rate). The fraction for faces reconstructed by the VAE is the upper limit for
+the U-Net.
 """
 
 import sys
@@ -30,8 +31,8 @@ from utils.errors import UserError
 from utils.images import to_float
 
 ATTRIBUTES = synthetic_faces.ATTRIBUTES
-CAPTION_ATTRIBUTES = [name for name in ATTRIBUTES if name not in ("backdrop", "light")]
-TRAIN_SEED, EVAL_SEED = 1001, 1002  # other seeds than those of the models' training images
+CAPTION_ATTRIBUTES = [name for name in ATTRIBUTES if name not in ("backdrop", "light")]  # which captions mention
+TRAIN_SEED, EVAL_SEED = 1001, 1002  # different from the seed of the images that the models were trained on
 TRAIN_IMAGES, VAL_IMAGES, EPOCHS, BATCH_SIZE = 24_000, 2_000, 4, 96
 EVAL_IMAGES = 512
 
@@ -60,7 +61,7 @@ class Classifier(nn.Module):
 
 
 def imitate_vae(x: Tensor) -> Tensor:
-    """Blur half of the images slightly and add noise, so that the classifier also works on decoded images."""
+    """Slightly blur half of the images and add noise to them, so that the classifier also works on decoded images."""
     blurred = F.interpolate(F.interpolate(x, scale_factor=0.5, mode="area"), scale_factor=2.0, mode="bilinear")
     strength = torch.rand(len(x), 1, 1, 1, device=x.device) * (torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5)
     return torch.lerp(x, blurred, strength) + 0.03 * strength * torch.randn_like(x)
@@ -68,7 +69,7 @@ def imitate_vae(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def classify(net: Classifier, pixels: np.ndarray, device: torch.device, dtype: torch.dtype) -> np.ndarray:
-    """Predicted class of each attribute: uint8 (N, H, W, 3) -> int64 (N, number of attributes)."""
+    """Predict the value of each attribute: uint8 (N, H, W, 3) -> int64 indices (N, number of attributes)."""
     values = []
     with autocast(device, dtype):
         for batch in torch.from_numpy(pixels).split(256):
@@ -109,7 +110,10 @@ def requested_conditions(config: Config, model: LatentDiffusion, indices: np.nda
     if isinstance(conditioner, LabelEmbedder):
         names = list(conditioner.names)
         if any(list(ATTRIBUTES.get(name, ())) != values for name, values in conditioner.names.items()):
-            raise UserError(f"{model.checkpoint.path} was not trained on labels of synthetic_faces (got {', '.join(names)})")
+            raise UserError(
+                f"{model.checkpoint.path} was not trained with data.source=synthetic_faces (its labels are "
+                f"{', '.join(names)}): use a model that was"
+            )
         columns = [list(ATTRIBUTES).index(name) for name in names]
         return names, (torch.from_numpy(synthetic_faces.labels(EVAL_SEED, indices)[:, columns]).to(model.device),)
     captions = {"prompts": synthetic_faces.captions(EVAL_SEED, indices), "labels": None}
@@ -118,7 +122,10 @@ def requested_conditions(config: Config, model: LatentDiffusion, indices: np.nda
 
 
 def judge(config: Config, net: Classifier | None) -> Classifier:
-    """Print how often samples of a model have the requested attributes. Trains the classifier if net is None, and returns it."""
+    """Print how often samples of a model have the requested attributes.
+
+    If `net` is None, trains the classifier first. Returns the classifier, so that the next model can reuse it.
+    """
     device, cfg = pick_device(config.device), config.sampling
     dtype = pick_precision("auto", device)
     model = LatentDiffusion.load(config, device, dtype)

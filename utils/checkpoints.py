@@ -1,4 +1,4 @@
-"""Weights files (safetensors, with metadata) and tensor files (.pt without pickled objects), both with a checksum."""
+"""Weights files (safetensors with metadata) and tensor files (.pt without pickled objects). Both contain a checksum."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from utils.files import first_line, write_atomically
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Return 16 hex digits of the SHA-256 of names, shapes, dtypes and values."""
+    """Hash the names, shapes, dtypes and values of tensors: the first 16 hex digits of SHA-256."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -26,7 +26,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-# Weights files: tensors, and JSON metadata; "settings" are the arguments of the network class
+# Weights files contain tensors and JSON metadata. Its "settings" are the constructor arguments of the network.
 
 REQUIRED_METADATA = {
     "vae": {"settings", "image_shape", "data_fingerprint", "step", "steps", "complete"},
@@ -56,24 +56,27 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
 
 
 def read_metadata(path: Path, kind: str) -> dict | None:
-    """Metadata of a weights file of this kind, not verified; None for any other file."""
+    """Return the metadata of a weights file of this kind, or None for any other file. The checksum is not verified."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("nanoldm", "null"))
-    except Exception:  # many error types
+    except Exception:  # damaged files raise many types
         return None
     return metadata if isinstance(metadata, dict) and metadata.get("kind") == kind else None
 
 
 def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor], dict]:
-    """Return tensors and metadata. kind: vae or unet; made_by: script to name in errors."""
+    """Verify a weights file and return its tensors and metadata.
+
+    kind: "vae" or "unet". made_by: the script that writes the file, for error messages.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist: run {made_by} first")
     try:
         checksums.verify(path)
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # many error types
+    except Exception as error:  # damaged files raise many types
         raise UserError(
             f"{path} is damaged or not made by this project ({first_line(error)}): remove it and run {made_by} again"
         ) from None
@@ -86,7 +89,7 @@ def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor]
 def load_network(
     network_class: type[nn.Module], path: Path, kind: str, made_by: str, device: torch.device
 ) -> tuple[nn.Module, dict, dict[str, Tensor]]:
-    """Return the frozen network of a weights file, its metadata, and the tensors of a U-Net's normalizer."""
+    """Return the frozen network of a weights file, its metadata and, for a U-Net, the tensors of its normalizer."""
     tensors, metadata = load_weights(path, kind, made_by)
     extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("normalizer.")}
     try:
@@ -94,7 +97,7 @@ def load_network(
         net.load_state_dict(tensors, strict=True)
     except Exception as error:
         raise UserError(
-            f"{path}: its tensors do not fit the network in its metadata ({first_line(error)}): "
+            f"{path}: the tensors do not fit the network described by the metadata ({first_line(error)}): "
             f"remove it and run {made_by} again"
         ) from None
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), metadata, extra
@@ -112,20 +115,23 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 def load_tensors(path: Path, remedy: str, mmap: bool = False, verify: bool = True) -> dict:
-    """Read a .pt dictionary without executing code in it. `remedy` ends error messages."""
+    """Read a dictionary from a .pt file without executing code in the file.
+
+    remedy: how to fix a damaged file, the last part of error messages. verify: check the checksum first.
+    """
     try:
         if verify:
             checksums.verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # many error types
+    except Exception as error:  # damaged files raise many types
         raise UserError(f"{path} is damaged or not made by this project ({first_line(error)}): {remedy}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not made by this project: {remedy}")
+        raise UserError(f"{path} was not made by this project: {remedy}")
     return content
 
 
 def load_perceptual(cfg: PerceptualConfig, device: torch.device) -> nn.Module | None:
-    """Return a frozen distance of two batches (B, C, H, W) in [-1, 1] -> (B,); None for net=none."""
+    """Load the frozen perceptual distance: two batches (B, C, H, W) in [-1, 1] -> (B,). Return None if net=none."""
     if cfg.net == "none":
         return None
     try:

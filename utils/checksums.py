@@ -1,7 +1,7 @@
-"""Checksums inside files: XXH3-128 of all other bytes of the file, as 32 hex digits.
+"""Checksums stored inside the files: XXH3-128 of all bytes except the checksum itself, as 32 hex digits.
 
-A .pt file has it in the comment of the zip archive, at the end of the file; a .safetensors file has it in its metadata. Both
-stay readable by torch.load and safetensors.
+A .pt file is a zip archive; its checksum is the archive comment at the end of the file. The checksum of a .safetensors
+file is in its metadata. torch.load and safetensors can still read these files.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import BinaryIO, Callable
 
 import xxhash
 
-KEY = "xxh3_128"  # in the metadata of a safetensors file
-UNSET = "0" * 32
+KEY = "xxh3_128"  # key of the checksum in the metadata of a safetensors file
+UNSET = "0" * 32  # placeholder that add_checksum() overwrites
 BUFFER_SIZE = 1 << 20  # bytes
 
 
@@ -22,11 +22,11 @@ def checksum(content: bytes) -> str:
 
 
 def add_checksum(path: Path) -> None:
-    """Fill in the checksum of a new .pt file, or of a .safetensors file with {KEY: UNSET} in its metadata."""
+    """Write the checksum into a new file: a .pt file, or a .safetensors file with {KEY: UNSET} in its metadata."""
     with open(path, "rb+") as file:
         if file.read(2) == b"PK":
             file.seek(-2, os.SEEK_END)
-            file.write(len(UNSET).to_bytes(2, "little") + UNSET.encode())  # length of the comment, and the comment
+            file.write(len(UNSET).to_bytes(2, "little") + UNSET.encode())  # length of the archive comment, then the comment
             file.flush()
         position = _position(file)
         digest = _digest_without(file, position)
@@ -35,7 +35,7 @@ def add_checksum(path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Raises ValueError if the file has no checksum or another content, OSError if it cannot be read."""
+    """Raise ValueError if the checksum is missing or does not match, and OSError if the file cannot be read."""
     if not path.is_file():
         raise ValueError("it is not a file")
     with open(path, "rb") as file:
@@ -55,7 +55,7 @@ def is_intact(path: Path) -> bool:
 
 
 def in_background(check: Callable[[], None]) -> Future:
-    """Run a check in a thread that does not outlive the script. result() waits for it and raises its error."""
+    """Run `check` in a thread that ends with the script. result() of the future waits for it and raises its error."""
     future = Future()
 
     def run() -> None:
@@ -69,30 +69,30 @@ def in_background(check: Callable[[], None]) -> Future:
 
 
 def _position(file: BinaryIO) -> int:
-    """Offset of the checksum. Raises ValueError if there is none."""
+    """Return the byte offset of the checksum. Raises ValueError if the file has none."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(8)  # a zip signature, or the length of a safetensors header
     if start[:2] == b"PK":
         position = size - len(UNSET)
         file.seek(max(0, position - 22))
-        end = file.read(22)  # of the zip archive, before its comment
+        end = file.read(22)  # end-of-central-directory record of the zip archive, which precedes the comment
         if end[:4] == b"PK\5\6" and end[20:] == len(UNSET).to_bytes(2, "little"):
             return position
     elif (length := int.from_bytes(start, "little")) < size:
-        # In JSON, a quote inside a string is escaped: this is the key itself.
+        # This matches only the key, because JSON escapes quotes inside strings.
         key = f'"{KEY}":"'.encode()
-        found = file.read(length).find(key)
-        if found >= 0:
-            return 8 + found + len(key)
+        index = file.read(length).find(key)
+        if index >= 0:
+            return 8 + index + len(key)
     raise ValueError("it has no checksum" if size else "it is empty")
 
 
 def _digest_without(file: BinaryIO, position: int) -> bytes:
-    """Digest of a file without the checksum at `position`."""
+    """Return the digest of all bytes of a file except the checksum at `position`."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(BUFFER_SIZE))
     size = file.seek(0, os.SEEK_END)
-    # Not mapped into memory: a read error of the disk would end the process.
+    # Read and not memory-mapped, because a disk error in mapped memory would kill the process (SIGBUS).
     for start, stop in ((0, position), (position + len(UNSET), size)):
         file.seek(start)
         while start < stop and (n := file.readinto(buffer[: stop - start])):

@@ -21,16 +21,16 @@ from utils.errors import Diverged, Stopped, UserError
 from utils.files import printable
 from utils.settings import DEFAULT_CONFIG, help_text, load_config
 
-# Large pages for CPU tensors: training is up to 1.4x faster. Read when torch is imported.
+# Huge pages for CPU tensors make training up to 1.4x faster. torch reads this variable when it is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 IS_MAIN = os.environ.get("RANK", "0") == "0"
 if not IS_MAIN:
-    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm reads this variable when it is imported
 
 HELP_FLAGS = {"--help", "-h"}
 
-command = ""  # command line of this process, stored in its output files
+command = ""  # command line of this process, which reports and images store
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 
 
 def handle_help(doc: str) -> None:
-    """Answer --help and report config errors before torch is imported."""
+    """Print the help text or config errors and exit, before the slow import of torch."""
     if HELP_FLAGS & set(sys.argv[1:]):
         if IS_MAIN:
             print(help_text(doc))
@@ -69,7 +69,7 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
 
     try:
-        if Path(git("rev-parse", "--show-toplevel").stdout.strip() or "/") != root:  # inside another repository
+        if Path(git("rev-parse", "--show-toplevel").stdout.strip() or "/") != root:  # no checkout of this project
             return ""
         dirty = git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode
         return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if dirty else "")
@@ -82,7 +82,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     global command
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: paths need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr, because file names can contain invalid UTF-8
     command = printable(shlex.join(["python", Path(sys.modules[work.__module__].__file__).name, *argv]))
     if HELP_FLAGS & set(argv):
         print(help_text(doc))
@@ -93,7 +93,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     try:
         config, dry_run = parse(argv)
         distributed.init()
-        commit()  # cached: the checkout may change later
+        commit()  # fills the cache now, because the checkout may change during the run
         if IS_MAIN and not dry_run:
             clean_up(config)
         with contextlib.nullcontext() if IS_MAIN else contextlib.redirect_stdout(open(os.devnull, "w")):
@@ -110,10 +110,10 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     if IS_MAIN:
         print(message, file=sys.stderr)
     elif message.startswith("error: "):
-        time.sleep(2)  # if rank 0 fails too, it prints the error and torchrun ends this process
+        time.sleep(2)  # if rank 0 has the same error, it prints it meanwhile and torchrun ends this process
         print(f"process {os.environ['RANK']}: {message}", file=sys.stderr)
     if distributed.world_size() > 1:
-        # A normal exit would hang if other ranks wait in a collective. torchrun ends them.
+        # A normal exit would hang while other ranks wait in a collective operation. torchrun then ends those ranks.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -150,5 +150,5 @@ def exit_message(error: BaseException) -> tuple[str | None, int]:
             2,
         )
     if is_out_of_memory(error):
-        return f"error: out of memory: use a smaller batch_size, or micro_batch in training ({first_line(error)})", 2
+        return f"error: out of memory: use a smaller batch_size or, in training, micro_batch ({first_line(error)})", 2
     return None, 1

@@ -13,11 +13,11 @@ from utils.errors import UserError
 from utils.files import first_line
 
 TRAIN_BYTES_PER_PARAM = 20  # float32 weights, EMA, gradient and AdamW's two moments
-STATE_BYTES_PER_PARAM = 40  # on disk: state.pt and the weights file (EMA), each twice while it is replaced
+STATE_BYTES_PER_PARAM = 40  # on disk: state.pt (16) and the EMA weights file (4), both twice while they are replaced
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device. auto: cuda, else mps, else cpu. torchrun: the GPU of the local rank."""
+    """Return the device. "auto" means cuda if available, else mps, else cpu. With torchrun, cuda is the local rank's GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
@@ -32,15 +32,18 @@ def pick_device(name: str) -> torch.device:
                 f"use device=auto or device=cpu"
             )
         if device.index is not None:
-            torch.cuda.set_device(device)  # streams and graphs belong to the current device
-        # cuDNN attention, the default on Hopper, has NaN gradients with some masks (pytorch#196678).
+            torch.cuda.set_device(device)  # because CUDA streams and graphs are created on the current device
+        # cuDNN attention is the default on Hopper and returns NaN gradients for some masks (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the autocast dtype. auto: bfloat16 on CUDA >= 8.0 and CPUs with AMX or AVX512-BF16, else float32."""
-    torch.backends.cudnn.allow_tf32 = name != "float32"  # explicit float32: no TF32 either
+    """Return the autocast dtype, and turn off TF32 in cuDNN if `name` is float32.
+
+    "auto" means bfloat16 on GPUs of compute capability >= 8.0 and on CPUs with AMX or AVX512-BF16, else float32.
+    """
+    torch.backends.cudnn.allow_tf32 = name != "float32"
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -55,14 +58,18 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Module) -> None:
-    """Apply torch.compile in place if `setting` is true, or auto on CUDA. Prints a note if it fails."""
+    """Compile networks in place if `setting` is True, or if it is "auto" and the device is CUDA.
+
+    Prints a note if torch.compile does not work on this machine.
+    """
     if setting is False or (setting == "auto" and device.type != "cuda"):
         return
     problem = missing_compiler(device)
     if problem:
-        print(f"note: nothing is compiled because torch.compile fails: {problem}")
+        print(f"note: networks are not compiled because torch.compile fails: {problem}")
         return
-    # Dynamo counts recompilations per class. Each module needs a graph for training, evaluation and a smaller last batch.
+    # Dynamo limits the recompilations of a class, not of a module. Many modules share a class, and each of them is compiled
+    # for training, for evaluation and for a smaller last batch.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 1024
     for network in networks:
         network.compile(dynamic=False)
@@ -70,15 +77,15 @@ def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Mo
 
 @functools.cache
 def missing_compiler(device: torch.device) -> str | None:
-    """Return why torch.compile fails, e.g. a missing C++ compiler or Triton; None if it works."""
+    """Return the error of torch.compile, e.g. because a C++ compiler or Triton is missing, or None if it works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # many error types
+    except Exception as error:  # compilers fail with many types
         return first_line(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Recognize also the RuntimeErrors of cuDNN, cuBLAS, Triton, Inductor and CPUs."""
+    """Return whether memory ran out. Includes RuntimeErrors of cuDNN, cuBLAS, Triton, Inductor and the CPU allocator."""
     texts = "out of memory", "unable to find an engine", "ALLOC_FAILED", "can't allocate memory"
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
@@ -90,11 +97,11 @@ def num_params(net: nn.Module) -> int:
 
 
 def require_memory(device: torch.device, needed_bytes: int) -> None:
-    """Check for enough free memory. needed_bytes excludes activations."""
+    """Check that the device has enough free memory. needed_bytes does not include activations."""
     free = free_memory(device)
     if needed_bytes > free:
         raise UserError(
-            f"{needed_bytes / 1e6:,.0f} MB of memory are needed on {device} without activations, but only "
+            f"the network needs {needed_bytes / 1e6:,.0f} MB of memory on {device}, not counting activations, but only "
             f"{free / 1e6:,.0f} MB are free: use fewer channels"
         )
 

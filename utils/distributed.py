@@ -1,9 +1,9 @@
-"""Data parallelism with torchrun. With one process, these functions do nothing.
+"""Data parallelism with torchrun. In a single process, the functions that communicate do nothing.
 
-All ranks generate the same random numbers for the whole batch, each processes its shard, and gradients are summed. The
-result matches a single process up to rounding, except that dropout masks differ between ranks and the adaptive weight of the
-adversarial loss is computed per micro-batch. Only rank 0 decides, writes and prints. Control messages use gloo, CUDA
-gradients nccl.
+All ranks generate the same random numbers for the whole batch. Each rank processes its shard of the batch, and gradients
+are summed. The result matches a single process up to rounding, with two exceptions: dropout masks differ between ranks, and
+the adaptive weight of the adversarial loss is computed per micro-batch. Only rank 0 decides when to stop, writes files and
+prints. Control messages use gloo; gradients on CUDA use nccl.
 """
 
 import datetime
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = datetime.timedelta(hours=2)  # ranks wait while rank 0 evaluates
-BARRIER_TIMEOUT = datetime.timedelta(days=7)  # ranks wait while rank 0 downloads and decodes a dataset
+TIMEOUT = datetime.timedelta(hours=2)  # long enough for other ranks to wait while rank 0 evaluates
+BARRIER_TIMEOUT = datetime.timedelta(days=7)  # long enough to wait while rank 0 downloads and decodes a dataset
 
 _barrier_group = None
 
@@ -60,7 +60,7 @@ def broadcast(numbers: list[float]) -> list[float]:
 
 
 def gather_objects(obj: Any) -> list | None:
-    """Return one object per rank, in rank order, on rank 0; None on other ranks."""
+    """Collect one object per rank. Returns the list in rank order on rank 0, and None on other ranks."""
     if world_size() == 1:
         return [obj]
     objects = [None] * world_size() if is_main() else None
@@ -76,8 +76,9 @@ def shard(n: int) -> range:
 def sum_gradients(net: nn.Module) -> None:
     """Replace every gradient by its sum over ranks.
 
-    Not DistributedDataParallel, which would overlap this with the backward pass: it does not support the torch.autograd.grad
-    of the adaptive weight, nor a step that starts over with smaller micro-batches after running out of memory.
+    DistributedDataParallel would overlap this with the backward pass. It is not used because it supports neither the
+    torch.autograd.grad call of the adaptive weight nor repeating a step with smaller micro-batches after running out of
+    memory.
     """
     if world_size() == 1:
         return

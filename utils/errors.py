@@ -6,11 +6,11 @@ Scripts print it as one line and exit with code 2. Docstrings do not repeat this
 
 
 class UserError(Exception):
-    """One line: what is wrong, the value, how to fix it."""
+    """A problem that the user can fix. The message is one line: what is wrong, the value, how to fix it."""
 
 
 class Stopped(Exception):
-    """A signal stopped the script; its state is saved."""
+    """A signal stopped the script after it had saved its state."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

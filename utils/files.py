@@ -1,4 +1,4 @@
-"""Files and disk space. Every file is written to a temporary name, flushed and renamed: readers never see a partial file."""
+"""Files and disk space. Files are written under a temporary name, flushed and renamed: readers never see a partial file."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from typing import Any, Callable
 from utils.errors import UserError
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# torch and safetensors raise errors without errno. "unexpected pos": torch wrote less than it should.
+# If the disk is full, torch and safetensors raise errors without errno. torch's message then contains "unexpected pos".
 DISK_FULL_TEXTS = ("unexpected pos", *(f"os error {number}" for number in DISK_FULL_ERRNOS))
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")  # names of temporary files
 
@@ -39,25 +39,26 @@ def raise_no_space(path: Path):
 
 @contextlib.contextmanager
 def warn_if_disk_full(what: str):
-    """Turn NoSpaceError into a warning."""
+    """Turn NoSpaceError into a warning. `what` names the file that could not be saved."""
     try:
         yield
     except NoSpaceError:
-        from tqdm import tqdm  # after utils/cli.py has set TQDM_DISABLE
+        from tqdm import tqdm  # imported late, after utils/cli.py has set TQDM_DISABLE
 
-        tqdm.write(f"warning: no space left on disk for {what}; the files of the last save are kept, training continues")
+        tqdm.write(f"warning: no space left on disk for {what}; the last saved files stay and training continues")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary) and rename the file to `path`, which an error leaves unchanged."""
+    """Call write(temporary) and rename the temporary file to `path`. If there is an error, `path` is unchanged."""
     make_dir(path.parent)
     if path.is_dir():
         raise UserError(f"{path} cannot be written because it is a folder: remove it")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with raise_no_space(path), open(temporary, "wb") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed: see remove_leftovers()
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                # Until the file is closed, the lock keeps other processes from deleting it in remove_leftovers().
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -67,7 +68,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str = "*") -> None:
-    """Remove the temporary files that killed processes left in a folder. A file that is being written is locked."""
+    """Remove the temporary files that killed processes left in a folder. Files in use are locked and stay."""
     for path in folder.glob(pattern):
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -76,7 +77,7 @@ def remove_leftovers(folder: Path, pattern: str = "*") -> None:
 
 
 def keep_old_version(folder: Path, name: str, suffixes: tuple[str, ...]) -> None:
-    """Rename folder/<name><suffix> to <name>-<n><suffix> with the first free n >= 2."""
+    """Rename the files <name><suffix> in a folder to <name>-<n><suffix>, with the smallest n >= 2 that is not in use."""
     n = next(n for n in count(2) if not any((folder / f"{name}-{n}{suffix}").exists() for suffix in suffixes))
     for suffix in suffixes:
         if (folder / f"{name}{suffix}").exists():
@@ -104,7 +105,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def printable(name: str) -> str:
-    """Return a file name on one line of valid UTF-8: other bytes and control characters are escaped."""
+    """Return a file name as one line of valid UTF-8, in which invalid bytes and control characters are escaped."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
@@ -112,5 +113,5 @@ def printable(name: str) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error message, at most 160 characters."""
     text = str(error).strip() or type(error).__name__
-    # torch.load appends advice to disable weights_only.
+    # Cut off torch.load's advice to disable weights_only.
     return text.splitlines()[0].split(". This file can still be loaded")[0][:160]

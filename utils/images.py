@@ -13,18 +13,18 @@ from utils.files import write_atomically
 
 FONT_SIZE, LINE_HEIGHT, MAX_CHAR_WIDTH = 11, 14, 6  # pixels
 MAX_TITLE_LINES = 20  # longer titles are shortened
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # number of channels -> image mode of Pillow
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """Composite an RGBA image over white, to RGB. Other modes are returned unchanged."""
+    """Composite an RGBA image over white and convert it to RGB. Images of other modes are returned unchanged."""
     if image.mode != "RGBA":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def image_grid(images: np.ndarray, cols: int, gap: int = 2, titles: list[str] = ()) -> Image.Image:
-    """Arrange uint8 (N, H, W, C) in a grid of `cols` columns, gray, RGB or RGBA. titles[i] is written above row i.
+    """Arrange gray, RGB or RGBA images, uint8 (N, H, W, C), in a grid of `cols` columns, with titles[i] above row i.
 
     RGBA images stay transparent; gaps and titles are opaque white.
     """
@@ -47,7 +47,7 @@ def image_grid(images: np.ndarray, cols: int, gap: int = 2, titles: list[str] = 
 
 
 def comparison_grid(originals: np.ndarray, reconstructions: np.ndarray, cols: int = 8) -> Image.Image:
-    """Alternate rows of originals and of their reconstructions, both uint8 (N, H, W, C)."""
+    """Grid in which each row of originals is followed by a row of their reconstructions, both uint8 (N, H, W, C)."""
     rows = []
     for i in range(0, len(originals), cols):
         padding = [np.full_like(originals[:1], 255)] * (cols - len(originals[i : i + cols]))
@@ -57,7 +57,7 @@ def comparison_grid(originals: np.ndarray, reconstructions: np.ndarray, cols: in
 
 
 def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write a PNG with `settings` as text chunks, non-strings as JSON."""
+    """Write a PNG file with each entry of `settings` as a text chunk. Values that are not strings are stored as JSON."""
     info = PngImagePlugin.PngInfo()
     for name, value in (settings or {}).items():
         info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
@@ -65,7 +65,7 @@ def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> No
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
-    """Write an endless GIF that pauses on its last frame, RGBA over white."""
+    """Write a looping GIF that pauses on its last frame. RGBA frames are composited over white."""
     frames = [over_white(frame) for frame in frames]
     durations = [160] * (len(frames) - 1) + [1600]  # ms
     options = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -11,11 +11,14 @@ from utils import distributed
 from utils.errors import UserError
 from utils.files import make_dir
 
-_held: list[tuple[Path, int]] = []  # locks of lock_folder()
+_held: list[tuple[Path, int]] = []  # lock files of lock_folder() and their descriptors
 
 
 def lock_folder(folder: Path) -> None:
-    """Refuse a folder in which another process writes, and keep others out until release_all(). Only rank 0 locks."""
+    """Lock a folder against other processes until release_all(). Raise UserError if another process has locked it.
+
+    Only rank 0 locks.
+    """
     if not distributed.is_main():
         return
     make_dir(folder)
@@ -36,7 +39,7 @@ def release_all() -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Hold the lock of a file; print `waiting` while another process holds it."""
+    """Hold the lock of a file. If another process holds it, print the message `waiting` and wait."""
     make_dir(path.parent)
     try:
         descriptor = _acquire(path)

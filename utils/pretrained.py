@@ -1,4 +1,4 @@
-"""Weights to start training from: files of this project, and diffusers models in a local folder or on the Hugging Face hub."""
+"""Load initial weights: a file of this project, or a diffusers model in a folder or on the Hugging Face hub."""
 
 import json
 from dataclasses import dataclass, field
@@ -21,22 +21,22 @@ FORMATS = {
     "vae": (VAE, "AutoencoderKL", vae_settings, vae_modules, ("vae", "vqvae")),
     "unet": (UNet, "UNet2DModel", unet_settings, unet_modules, ("unet",)),
 }
-# Names in files that old versions of diffusers wrote.
+# Attention layers: name in files of old diffusers versions -> current name
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass
 class Pretrained:
-    settings: dict  # arguments of our network
-    state: dict[str, Tensor]  # its state dict, float32
-    metadata: dict = field(default_factory=dict)  # of a file of this project
+    settings: dict  # constructor arguments of our VAE or UNet
+    state: dict[str, Tensor]  # state dict of this network, float32
+    metadata: dict = field(default_factory=dict)  # of the weights file of this project; empty for diffusers models
 
 
 def load_pretrained(kind: str, source: str, key: str) -> Pretrained:
-    """Weights of our network of this kind ("vae" or "unet") from `source`, the value of the setting `key`.
+    """Load weights for our network of this kind, "vae" or "unet".
 
-    source: a .safetensors file of this project, a folder with a diffusers model, or a hub id. A folder or hub id may also be a
-    pipeline that contains the model.
+    source: a .safetensors file of this project, or a folder or hub id of a diffusers model or of a pipeline that contains
+    the model. key: the setting whose value is `source`, for error messages.
     """
     path = Path(source)
     if path.is_file():
@@ -59,7 +59,7 @@ def load_pretrained(kind: str, source: str, key: str) -> Pretrained:
 
 
 def _find_files(source: str, key: str, subfolders: tuple[str, ...]) -> tuple[Path, Path]:
-    """config.json and the weights of a local folder, or downloaded from the hub."""
+    """Return the paths of config.json and of the weights, in a local folder or downloaded from the hub."""
     if Path(source).is_dir():
         for folder in (Path(source), *(Path(source) / name for name in subfolders)):
             for name in WEIGHT_FILES:
@@ -99,7 +99,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def initialize(net: nn.Module, state: dict[str, Tensor], key: str) -> None:
-    """Load a state dict that must fit exactly."""
+    """Load a state dict that must have exactly the names and shapes of the network."""
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

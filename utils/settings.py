@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from config import Config
 from utils.errors import UserError
 
-NULLS = ("", "null")  # values of text settings that are not taken literally
+NULLS = ("", "null")  # a text setting with one of these values is None
 DEFAULT_CONFIG = "configs/celeba64.yaml"
 
 
@@ -46,7 +46,7 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
         key, text = override.split("=", 1)
         annotation = annotations.get(key, Any)
         try:
-            # Text is taken literally: a path may contain " #" or ": ".
+            # Text is not parsed as YAML, because a path may contain " #" or ": ".
             types = _types(annotation)
             is_structure = (list in types or dict in types) and text.lstrip().startswith(("[", "{"))
             is_text = str in types and not is_structure and text not in NULLS
@@ -67,7 +67,7 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
 
 
 def _load_yaml(text: str, annotation) -> Any:
-    """Parse YAML for a setting of this type. Values of text settings stay text: 010, no and 1e3 may be names."""
+    """Parse YAML for a setting of this type. Values of text settings stay strings, because 010, no and 1e3 may be names."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -106,7 +106,7 @@ def _read_with_base(path: Path) -> dict:
         return tree
     base_tree = _read_yaml(path.parent / str(base))
     if "base" in base_tree:
-        raise UserError(f"{path}: its base {base} has a base itself; only one level is supported")
+        raise UserError(f"{path}: its base {base} has a base of its own, but only one level is supported")
     return _merge(base_tree, tree)
 
 
@@ -145,7 +145,7 @@ def _describe(error: ValidationError) -> str:
     """Return all validation errors in one line."""
     messages: dict[tuple[str, str], list[str]] = {}  # (key, value) -> one message per union member
     for entry in error.errors():
-        # pydantic adds the names of union members to the location.
+        # In the location of an error, pydantic mixes the names of union members with the parts of the key.
         union_member = r"^(literal|constrained|float|int|bool|str|dict|function|list)\b"
         key = ".".join(str(part) for part in entry["loc"] if not re.match(union_member, str(part)))
         value, message = f" (got {entry.get('input')!r})", entry["msg"].removeprefix("Value error, ")
@@ -153,7 +153,7 @@ def _describe(error: ValidationError) -> str:
             value, message = "", f": unknown key{_suggestion(key)}"
         elif entry["type"] == "model_type":
             message = " must be a section"
-        elif not key:  # a rule across keys
+        elif not key:  # a validator of several keys, whose message contains their values
             value = ""
         else:
             # "Input should be greater than 0" -> "must be greater than 0"
@@ -167,7 +167,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """Look for a similar key in the same section, then in all sections."""
+    """Suggest a similar key from the same section or, if it has none, from all sections."""
     section, _, name = key.rpartition(".")
     known = [known_key for known_key, _ in walk(Config)] + ([] if section else list(Config.model_fields))
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
@@ -194,7 +194,7 @@ def help_text(doc: str) -> str:
         doc.strip(),
         "",
         f"usage: python {Path(sys.argv[0]).name} [CONFIG] [section.key=value ...] [--dry-run] [--help]",
-        f"CONFIG is a YAML file, by default {DEFAULT_CONFIG}; `base: other.yaml` in it starts from another file.",
+        f"CONFIG is a YAML file, by default {DEFAULT_CONFIG}. With `base: other.yaml` it changes settings of another file.",
         "--dry-run checks settings, files, disk space and memory, prints the plan and exits.",
         "",
         "settings: key = default   [type or choices]",
