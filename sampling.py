@@ -164,7 +164,7 @@ def timesteps(
         )
     steps = min(steps, usable)
     n = max(1, round(strength * steps))
-    start = n * usable / steps  # the first timestep plus 1. Except for leading, it does not depend on the spacing.
+    start = n * usable / steps  # one above the first timestep, except for "leading", which starts lower
     i = torch.arange(n, dtype=torch.float64)
     if spacing == "trailing":
         visited = (start - i * start / n).round().long() - 1

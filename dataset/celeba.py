@@ -17,7 +17,7 @@ LIST_FOLDERS = (".", "Anno", "Eval")  # relative to a parent folder of the image
 
 @dataclass
 class CelebALists:
-    split: np.ndarray | None = None  # (N,) TRAIN, VAL or TEST; the list has the same ids
+    split: np.ndarray | None = None  # (N,) TRAIN, VAL or TEST, numbered as in list_eval_partition.txt
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)
     file_stats: list = field(default_factory=list)  # [path, SHA-256] of each list

@@ -175,8 +175,8 @@ def is_system_file(name: str) -> bool:
 def zip_name(entry: zipfile.ZipInfo) -> str:
     """Return the path of a zip entry, decoded as the unzip program does.
 
-    Without a flag that gives the encoding, it is UTF-8 if the bytes are valid UTF-8. Otherwise it is code page 437, or, in a
-    zip made on Unix, UTF-8 with escaped invalid bytes.
+    A path without the zip format's UTF-8 flag is decoded as UTF-8 if its bytes are valid UTF-8, else as code page 437. In a
+    zip made on Unix it is always UTF-8, with invalid bytes escaped.
     """
     name = entry.filename
     if not entry.flag_bits & 0x800 and name == entry.orig_filename:  # neither a UTF-8 flag nor a Unicode path field

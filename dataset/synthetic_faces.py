@@ -93,7 +93,7 @@ class _HashRandom:
 
 
 def _attributes(rng):
-    """Sample the value index of every attribute, (B,) int64 each, and `natural_hair_color`, also for brows and beards."""
+    """Sample the value index of every attribute, (B,) int64 each, and `natural_hair_color`, the color of brows and beard."""
     a = {}
     a["sex"] = rng.bernoulli("sex", 0.5)
     a["age"] = rng.choice("age", [.18, .58, .24])
@@ -157,7 +157,7 @@ def _caption(row):
     article = "an" if person[0] == "o" else "a"
     caption = (f"{article} {person} with {', '.join(has[:-1])} and {has[-1]}, wearing {' and '.join(wears)}, "
                f"on a {value['background']} background")
-    return caption.replace("gray", "grey")                       # "gray" would change the vocabulary of trained models
+    return caption.replace("gray", "grey")                       # keep the vocabulary of models trained with "grey"
 
 
 # ---------------------------------------------------------------- geometry and colors
@@ -373,7 +373,7 @@ def _draw(g, c, size, canvas, scratch):
     # background
     np.multiply(c["bg"], X * g.bg_x + Y * g.bg_y + (X * X + Y * Y) * g.bg_r + g.bg_0, out=canvas)
 
-    # head coordinates (u, v), tilted; fu is u of the facial features, which also turn
+    # (u, v): coordinates of the tilted head; fu: u for the facial features, shifted when the head turns
     x, y = (X - g.cx) * (1 / g.zoom), (Y - g.cy) * (1 / g.zoom)                    # upright, for the body
     u, v = x * g.cos + y * g.sin, y * g.cos - x * g.sin
     au, u2 = np.abs(u), u * u
@@ -469,7 +469,7 @@ def _draw(g, c, size, canvas, scratch):
         dots *= _glow(np.abs(U) - 0.16, V - 0.16, 0.22, 0.15) * (g.freckle * 6)
         paint(np.minimum(dots, 0.75), s, c["freckle"])
 
-    # beard: the lower face without an ellipse and the mouth; moustache: a stroke along a parabola
+    # beard: the lower face minus an ellipse (the cheeks) and minus the mouth; moustache: a stroke along a parabola
     if g.beard.any() or g.moustache.any():
         s = rows(-.1, .85)
         U, V = fu[:, s], v[:, s]

@@ -105,7 +105,7 @@ def _moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantiles(latents: Tensor, channel: int) -> Tensor:
-    """RANGE_QUANTILES (2,) float64 of one channel of latents (N, C, h, w), estimated from a regular subset of its values."""
+    """Quantiles (2,) float64 of a channel of latents (N, C, h, w) at RANGE_QUANTILES, from every `stride`-th value."""
     n, _, height, width = latents.shape
     stride = n * height * width // MAX_QUANTILE_VALUES | 1  # odd, because an even stride would skip whole columns of latents
     index = torch.arange(0, n * height * width, stride)

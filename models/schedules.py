@@ -15,8 +15,8 @@ from torch import Tensor
 
 SCHEDULES = ("linear", "cosine", "scaled_linear", "flow")
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, §3.2: avoids a singularity in the last cosine steps
-# Sampling starts at the noisiest timestep with sigma/alpha up to this default. z0_hat multiplies errors in eps by
-# sigma/alpha, which reaches 20,000 for cosine and infinity for flow.
+# Default upper limits of sigma/alpha in sampling, which starts at the noisiest timestep within the limit. z0_hat multiplies
+# errors in eps by sigma/alpha, which reaches 20,000 for cosine and infinity for flow.
 COSINE_SIGMA_MAX, FLOW_SIGMA_MAX = 70.0, 1000.0
 
 

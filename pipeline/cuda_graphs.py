@@ -54,7 +54,8 @@ class GraphedForward:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         with torch.cuda.device(inputs[0].device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()  # graphs can share memory: outputs are copied at once
+            # All graphs share a memory pool, because outputs are copied after each replay.
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             main_stream, static_inputs = torch.cuda.current_stream(), [x.clone() for x in inputs]
             side_stream = torch.cuda.Stream()  # PyTorch requires a warm-up on a side stream before capture
             side_stream.wait_stream(main_stream)

@@ -16,9 +16,9 @@ class OutputSpec:
     """Which outputs of generate() to keep."""
 
     num_images: int
-    keep_pixels: int = 0  # return the pixels of the first images; 0 and no save_dir: decode nothing
+    keep_pixels: int = 0  # return the pixels of this many images; if 0 and save_dir is None, decode nothing
     keep_latents: bool = False  # return the latents of all images
-    trajectory: list[int] = field(default_factory=list)  # indices of images whose clean estimates z0_hat to record
+    trajectory: list[int] = field(default_factory=list)  # images whose clean estimates z0_hat are recorded
     save_dir: Path | None = None  # write every image to this folder
     distributed: bool = False  # divide the images among all processes; False: this process generates all
 

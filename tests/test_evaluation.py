@@ -37,7 +37,9 @@ def normal(n=400, d=8, seed=0):
 def test_error_budget_of_identical_images():
     same = torch.ones(16, 8)
     val, generated = SetMetrics.measure("", same, same), SetMetrics.measure("", normal(16).float(), same)
-    assert "not available, because the Fréchet distance of validation images is not above 0" in error_budget(generated, val, val)
+    assert "not available, because the Fréchet distance of validation images is not above 0" in error_budget(
+        generated, val, val
+    )
     assert "is 2.00 times" in error_budget(SetMetrics("", 8, 4.0, 0, 0, 0, 0), *[SetMetrics("", 8, 2.0, 0, 0, 0, 0)] * 2)
 
 

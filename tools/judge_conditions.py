@@ -31,7 +31,7 @@ from utils.errors import UserError
 from utils.images import to_float
 
 ATTRIBUTES = synthetic_faces.ATTRIBUTES
-CAPTION_ATTRIBUTES = [name for name in ATTRIBUTES if name not in ("backdrop", "light")]  # which captions mention
+CAPTION_ATTRIBUTES = [name for name in ATTRIBUTES if name not in ("backdrop", "light")]  # mentioned in captions
 TRAIN_SEED, EVAL_SEED = 1001, 1002  # different from the seed of the images that the models were trained on
 TRAIN_IMAGES, VAL_IMAGES, EPOCHS, BATCH_SIZE = 24_000, 2_000, 4, 96
 EVAL_IMAGES = 512

@@ -233,7 +233,7 @@ class Trainer:
         self._metrics.watch_finite(check_finite.detach(), self.steps_done, timesteps)
 
     def backward_discriminator(self, loss: Tensor, **metrics: Tensor) -> None:
-        """Backpropagate the discriminator's loss (B,) in the same way."""
+        """Backpropagate the discriminator's loss (B,), scaled like that of backward()."""
         self._backward(loss, metrics)
 
     def _backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:

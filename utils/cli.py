@@ -30,7 +30,7 @@ if not IS_MAIN:
 
 HELP_FLAGS = {"--help", "-h"}
 
-command = ""  # command line of this process, which reports and images store
+command = ""  # command line of this process; reports and PNG files store it
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -93,7 +93,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     try:
         config, dry_run = parse(argv)
         distributed.init()
-        commit()  # fills the cache now, because the checkout may change during the run
+        commit()  # look up the git commit at the start: another one may be checked out during the run
         if IS_MAIN and not dry_run:
             clean_up(config)
         with contextlib.nullcontext() if IS_MAIN else contextlib.redirect_stdout(open(os.devnull, "w")):
@@ -110,10 +110,10 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     if IS_MAIN:
         print(message, file=sys.stderr)
     elif message.startswith("error: "):
-        time.sleep(2)  # if rank 0 has the same error, it prints it meanwhile and torchrun ends this process
+        time.sleep(2)  # if rank 0 fails with the same error, it prints it in this time, and torchrun ends this process
         print(f"process {os.environ['RANK']}: {message}", file=sys.stderr)
     if distributed.world_size() > 1:
-        # A normal exit would hang while other ranks wait in a collective operation. torchrun then ends those ranks.
+        # Exit without cleanup, which would hang while other ranks wait in a collective operation. torchrun ends those ranks.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -29,7 +29,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 class Pretrained:
     settings: dict  # constructor arguments of our VAE or UNet
     state: dict[str, Tensor]  # state dict of this network, float32
-    metadata: dict = field(default_factory=dict)  # of the weights file of this project; empty for diffusers models
+    metadata: dict = field(default_factory=dict)  # read from our own weights files; empty for diffusers models
 
 
 def load_pretrained(kind: str, source: str, key: str) -> Pretrained:
