@@ -152,7 +152,7 @@ def short_name(name: str) -> str:
 
 
 def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> bool:
-    """Return whether output files of this name exist and come from other settings, such as the seed, or another U-Net."""
+    """Return whether output files of this name exist that another U-Net or other settings (e.g. another seed) produced."""
     ignored_keys = {"batch_size": 0, "save_images": 0}  # they do not change the images
     settings = json.loads(json.dumps(config.sampling.model_dump())) | ignored_keys
     try:

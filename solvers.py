@@ -197,7 +197,7 @@ def euler_step(z: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int) -> Ten
 
 
 def extrapolate(z0: Tensor, previous: tuple[Tensor, float] | None, h: float) -> Tensor:
-    """D_i = (1 + 1/2r) z0_i - 1/2r z0_{i-1} with r = h_{i-1}/h_i (Lu et al. 2022b, Algorithm 2); z0_i if i = 0."""
+    """D_i = (1 + 1/(2r)) z0_i - 1/(2r) z0_{i-1} with r = h_{i-1}/h_i (Lu et al. 2022b, Algorithm 2); z0_i if i = 0."""
     if previous is None:
         return z0
     z0_previous, h_previous = previous

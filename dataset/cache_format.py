@@ -46,7 +46,7 @@ class Images:
 
 
 def partial_dir(cache_dir: Path) -> Path:
-    """Return the folder in which a cache is built: pixels.u8, and a journal with one line per block in it."""
+    """Return the folder in which a cache is built. It holds pixels.u8 and a journal with one line per finished block."""
     return cache_dir.with_name(f".{cache_dir.name}.partial")
 
 

@@ -90,7 +90,7 @@ class LatentDataset:
             "data.flip": (self.mean_flipped is not None, config.data.flip),
         }
         if config.text.encoder == "pretrained" and self.captions is not None:
-            # Compare only whether there are embeddings: create_encodings.py compares the encoders by text.fingerprint.
+            # Only check that embeddings exist. create_encodings.py checks by text.fingerprint that this encoder made them.
             settings["text.encoder"] = ("pretrained" if self.text else "none", "pretrained")
         return [f"{name} was {old}, now {new}" for name, (old, new) in settings.items() if old != new]
 

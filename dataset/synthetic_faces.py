@@ -381,7 +381,7 @@ def _draw(g, c, size, canvas, scratch):
 
     # Hair silhouette, the union of three shapes as a signed distance:
     # - cap: an ellipse around the skull above the curve v = cap_cut - 0.4 u^2; spikes and curls displace its outline
-    # - curtain (bob, long): |u| < curtain_w + v flare, from v = -0.05 down to the curve v = curtain - 0.5 u^2
+    # - curtain (bob, long): |u| < curtain_w + flare v, between v = -0.05 and the lower curve v = curtain - 0.5 u^2
     # - blob: an ellipse at (blob_x, blob_y) and its mirror image at -blob_x (pigtails), or one at u = 0 (bun)
     # A hat removes all hair above hat_y. The face is painted over the silhouette.
     cap_v, curls = v + 0.05, np.float32(0)

@@ -27,7 +27,7 @@ class GroupNorm(nn.GroupNorm):
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, L, d). mask (B, L) bool: keys to attend to.
 
-    On CPUs, matrix products are 3 times as fast as the fused kernel for 64 bf16 tokens.
+    On CPUs, two separate matrix products are 3 times as fast as the fused kernel for 64 tokens in bf16.
     """
     mask = None if mask is None else mask[:, None, None, :]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > MAX_UNFUSED_TOKENS:

@@ -249,8 +249,8 @@ def check_guidance(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint) -> N
         return
     if conditioner is None:
         raise UserError(
-            f"sampling.guidance must be 1 for an unconditional model (got {cfg.guidance:g}), "
-            f"or name a weaker U-Net with sampling.autoguidance (diffusion.snapshot_every keeps some)"
+            f"sampling.guidance must be 1 for an unconditional model (got {cfg.guidance:g}); "
+            f"to use guidance, set sampling.autoguidance to a weaker U-Net, such as a file saved by diffusion.snapshot_every"
         )
     if metadata.get("cfg_dropout") == 0 and not conditioner.trains_null_condition:
         raise UserError(
