@@ -178,7 +178,10 @@ def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Mod
 
 
 def few_val_images(config: Config, index: DatasetIndex) -> str:
-    """Return a note if evaluate.py needs more validation images, else "". The split is fixed once training has started."""
+    """Return a note if there are too few validation images for evaluate.py, else "".
+
+    The note comes before training, because the split cannot change afterwards.
+    """
     num_val, num_images = index.num_images(VAL) + index.num_images(TEST), len(index.split)
     if num_val >= MIN_VAL_IMAGES:
         return ""

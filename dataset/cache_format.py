@@ -38,7 +38,9 @@ class Images:
     label_names: dict[str, list[str]]
     captions: list[list[str]] | None  # at least one per image
     fingerprint: str  # of pixels and split
-    verified: Future  # result() waits for the pixels' checksums and raises UserError; call it before saving any results
+    # Background check of the pixels' checksums. Call result() before saving any results: it waits for the end of the check,
+    # and raises UserError if the pixels are damaged.
+    verified: Future
 
     def rows(self, split: int, at_most: int | None = None) -> np.ndarray:
         """Return the indices of the images of a split. If limited, they are evenly spaced: files may be sorted by class."""

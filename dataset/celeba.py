@@ -24,7 +24,7 @@ class CelebALists:
 
 
 def read_lists(files: Files, names: list[str]) -> CelebALists:
-    """Read the lists for the images `names` from data.path or its two parent folders. A missing list gives None."""
+    """Read CelebA's lists for the images `names` from data.path or the two folders above it. A missing list gives None."""
     lists = CelebALists()
     if (partition := _read_list(files, PARTITION, lists)) is not None:
         lists.split = np.array(_rows_of(names, partition, 1, PARTITION), dtype=np.uint8)[:, 0]

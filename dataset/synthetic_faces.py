@@ -402,7 +402,7 @@ def _draw(g, c, size, canvas, scratch):
     d_hair = np.maximum(d_hair, g.hat_y - 0.02 - v)
     paint(_cover(d_hair.copy(), sharp), everywhere, c["hair_dark"])
 
-    # Front hair, painted after the face: the silhouette without the opening, but with the part of it above the fringe line.
+    # Front hair, painted after the face: the silhouette minus the part of the opening that is below the fringe line.
     # The opening is half an ellipse above v = 0.1 and a vertical strip of the same width below.
     opening = _ellipse(u - g.open_x, np.minimum(v - 0.1, 0), g.open_w, g.open_h)
     fringe = v - g.fringe_y - u * g.fringe_slope - _ripple(u * 6) * 0.03

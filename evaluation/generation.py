@@ -170,7 +170,7 @@ class Comparison:
             labelled["generated, all"] = generated
         distances = [SetMetrics.measure(label, features, train) for label, features in labelled.items()]
         train_and_mirrored = train if mirrored is None else torch.cat([train, mirrored])
-        # The reference is reconstructions and not originals, because the VAE's blur alone changes the distances.
+        # Take reconstructed validation images: they have the VAE's blur, as generated images do, and blur changes distances.
         memorization = Memorization.measure(generated, reconstructed, train_and_mirrored)
         weights = f", {network.weights}" if network.weights else ""
         description = f"**{network.name}** ({train.shape[1]:,} features{weights})"

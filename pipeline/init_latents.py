@@ -64,7 +64,7 @@ class InitImage:
         return cls(pixels, mask, latent_mask, cfg.strength or 1.0)
 
     def restore_unmasked(self, pixels: np.ndarray) -> np.ndarray:
-        """Copy the pixels outside the mask from the given image into (B, H, W, C), because the VAE alters them slightly."""
+        """Replace pixels (B, H, W, C) outside the mask by those of the given image, because the VAE alters them slightly."""
         return pixels if self.mask is None else np.where(self.mask[None, :, :, None], pixels, self.pixels)
 
 

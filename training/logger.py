@@ -39,7 +39,7 @@ class Logger:
             self._drop_lines_after(step)
             self.file = open(self.path, "a", encoding="utf-8")
         except (IsADirectoryError, PermissionError) as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}): remove it") from None
+            raise UserError(f"{self.path} cannot be written ({error.strerror}): make it writable or remove it") from None
         self.tensorboard, self.tracker = None, import_tracker(cfg)
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -80,7 +80,7 @@ def missing_compiler(device: torch.device) -> str | None:
     """Return the error of torch.compile, e.g. because a C++ compiler or Triton is missing, or None if it works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # compilers fail with many types
+    except Exception as error:  # compilers raise many exception types
         return first_line(error)
 
 

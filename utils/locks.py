@@ -53,7 +53,7 @@ def locked(path: Path, waiting: str) -> Iterator[None]:
 
 
 def _acquire(path: Path, wait: bool = False) -> int:
-    """Create and lock a file and return its descriptor. Raises BlockingIOError if another process holds it."""
+    """Create and lock a file and return its descriptor. If another process holds it, wait or raise BlockingIOError."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -65,7 +65,7 @@ def _find_files(source: str, key: str, subfolders: tuple[str, ...]) -> tuple[Pat
             for name in WEIGHT_FILES:
                 if (folder / "config.json").is_file() and (folder / name).is_file():
                     return folder / "config.json", folder / name
-        raise UserError(f"{key}: {source} has no config.json with {' or '.join(WEIGHT_FILES)}")
+        raise UserError(f"{key}: {source} has no config.json with weights next to it ({' or '.join(WEIGHT_FILES)})")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"{key}: {source} does not exist; name a file, a folder or a hub id (user/model)")
     return _download(source, key, subfolders)
@@ -80,7 +80,7 @@ def _download(repo: str, key: str, subfolders: tuple[str, ...]) -> tuple[Path, P
             for name in WEIGHT_FILES:
                 if {f"{prefix}config.json", f"{prefix}{name}"} <= files:
                     return tuple(Path(hf_hub_download(repo, f"{prefix}{file}")) for file in ("config.json", name))
-        raise FileNotFoundError(f"no config.json with {' or '.join(WEIGHT_FILES)}")
+        raise FileNotFoundError(f"no config.json with weights next to it ({' or '.join(WEIGHT_FILES)})")
     except Exception as error:  # no network, no such repository, gated, full disk: many types
         raise UserError(
             f"{key}: {repo} is not a local path and cannot be loaded from the Hugging Face hub ({first_line(error)})"
