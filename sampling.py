@@ -164,7 +164,7 @@ def timesteps(
         )
     steps = min(steps, usable)
     n = max(1, round(strength * steps))
-    start = n * usable / steps  # one above the first timestep, except for "leading", which starts lower
+    start = n * usable / steps  # the first timestep is round(start) - 1; "leading" may start lower
     i = torch.arange(n, dtype=torch.float64)
     if spacing == "trailing":
         visited = (start - i * start / n).round().long() - 1

@@ -52,7 +52,7 @@ HAIR_STYLE = np.array([
     [[0, .05, 0, .15, .20, .20, .05, .35], [0, .08, 0, .18, .24, .25, .13, .12], [0, .15, 0, .25, .25, .05, .30, 0]],
     [[0, .45, .33, .22, 0, 0, 0, 0], [.17, .33, .20, .16, 0, .09, .05, 0], [.33, .42, 0, .18, 0, .07, 0, 0]],
 ])
-# P(natural hair color | age), indexed [age][color], without "none"
+# P(natural hair color | age), indexed [age][color]; "none" has no column, because it follows from "bald"
 HAIR_COLOR = np.array([[.26, .27, .27, .20, 0], [.28, .27, .22, .21, .02], [.04, .04, .02, .02, .88]])
 
 
@@ -416,7 +416,8 @@ def _draw(g, c, size, canvas, scratch):
     d_face = un2 + vn2 - np.minimum(un2, 1) * np.minimum(vn2, 1) * g.square
     d_face = (np.sqrt(np.maximum(d_face, 0, out=d_face), out=d_face) - 1) * g.face_w
 
-    # Clothes: the area below the shoulder curve. Neck: a vertical strip, and the clothes above the neckline, in skin color.
+    # Clothes: the area below the shoulder curve. Neck: the parts of the clothes and of a vertical strip that are above
+    # the neckline, painted in skin color.
     s = rows(.30, 1)
     bx, by = np.abs(x[:, s]), y[:, s]
     b2 = bx * bx
@@ -528,7 +529,7 @@ def _draw(g, c, size, canvas, scratch):
     brow -= _parabola(out - 0.005, g.eye_w * 1.3) * g.brow_h
     paint(_cover(brow, sharp) * 0.92, s, c["brow"])
 
-    # glasses: rims (the curve of the head silhouette: round to square), a bar for bridge and temples, faint lenses
+    # glasses: rims (round to square, same formula as the head silhouette), a bar for bridge and temples, faint lenses
     if g.glasses.any():
         s = rows(-.36, .42)
         U, V = np.abs(fu[:, s]), v[:, s] - g.eye_y

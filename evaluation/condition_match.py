@@ -103,7 +103,7 @@ class Match:
     other: float
     difference: float  # mean of other - own
     standard_error: float  # of the difference
-    nearer: float  # fraction of the other validation images that are farther away, ties count half; 0.5 by chance
+    nearer: float  # fraction of the other validation images farther away than its own, ties count half; 0.5 by chance
 
     @classmethod
     def measure(cls, generated: Tensor, val: Tensor, titles: list[str]) -> "Match":

@@ -200,6 +200,6 @@ CONDITIONERS = {"labels": LabelEmbedder, "words": WordEncoder, "text": TextEmbed
 
 
 def make_conditioner(settings: dict, emb_dim: int) -> Conditioner:
-    """Build a conditioner. settings["kind"] selects the class; all other settings are its arguments, except emb_dim."""
+    """Build a conditioner of the class settings["kind"] with the arguments emb_dim and all other settings."""
     arguments = {name: value for name, value in settings.items() if name != "kind"}
     return CONDITIONERS[settings["kind"]](**arguments, emb_dim=emb_dim)

@@ -35,10 +35,10 @@ class Samples:
     """Generated images and their statistics, on the CPU. Dictionaries are keyed by image index."""
 
     moments: Moments
-    num_clamped: int = 0  # values of clean estimates that were clamped
-    num_values: int = 0  # all values of clean estimates
-    num_out_of_range: int = 0  # pixel values outside [-1, 1]
-    num_pixel_values: int = 0  # all pixel values
+    num_clamped: int = 0  # number of clamped values in all clean estimates
+    num_values: int = 0  # number of values in all clean estimates
+    num_out_of_range: int = 0  # number of pixel values outside [-1, 1]
+    num_pixel_values: int = 0  # number of pixel values in all images
     latents: dict[int, Tensor] = field(default_factory=dict)  # (C, h, w)
     pixels: dict[int, np.ndarray] = field(default_factory=dict)  # (H, W, C) uint8
     trajectory: dict[int, list[Tensor]] = field(default_factory=dict)  # z0_hat (C, h, w), from noise to image

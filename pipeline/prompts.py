@@ -33,8 +33,8 @@ class Prompts:
 def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.device) -> Prompts:
     """Return the conditions for sampling.labels or sampling.prompts. Raises UserError if they do not fit the model.
 
-    If neither is set, a model with one label gets a row for each class, or for sampling.rows evenly spaced classes if there
-    are more. Other models get the null condition.
+    If neither is set, a model with one label gets one row per class, but at most sampling.rows rows (of evenly spaced
+    classes). Other models get the null condition.
     """
     cfg = config.sampling
     if conditioner is None:

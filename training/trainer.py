@@ -177,7 +177,8 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, self.steps_done, self._minutes_synced)
-        if not self.is_main:  # the batch needs the same random numbers in all processes, but dropout needs different ones
+        # All processes draw the same batch and use their shards of it, but dropout needs different random numbers in each.
+        if not self.is_main:
             torch.manual_seed((self.seed * 1_000_003 + self.steps_done) * 1009 % 2**63 + distributed.rank())
         self._accumulate_gradients(forward_backward)
         distributed.sum_gradients(self.net)

@@ -55,7 +55,7 @@ def is_intact(path: Path) -> bool:
 
 
 def in_background(check: Callable[[], None]) -> Future:
-    """Run `check` in a thread that ends with the script. result() of the future waits for it and raises its error."""
+    """Run `check` in a daemon thread. result() of the future waits for it and raises its error."""
     future = Future()
 
     def run() -> None:
