@@ -18,7 +18,10 @@ SRGB = ImageCms.createProfile("sRGB")
 
 
 def stored_range(image: Image.Image) -> tuple[float, float] | None:
-    """Return the values of black and white that the file format defines for a gray image of more than 8 bits, or None."""
+    """Return the values of black and white in a gray image of more than 8 bits, as its file format defines them.
+
+    Return None for other images, and for formats that do not define these values.
+    """
     if image.mode == "F":
         return 0.0, 1.0
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales PPM to 16 bits

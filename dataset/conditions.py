@@ -184,7 +184,10 @@ def _word_token_ids(conditioner: WordEncoder, captions: list[list[str]], device:
 
 
 def _caption_conditions(captions: list[list[str]], look_up: Callable[[Tensor], Cond]) -> Conditions:
-    """look_up: indices into the concatenated captions of all images -> conditions"""
+    """Return the conditions of images, each with a list of captions.
+
+    look_up: indices into the concatenated captions of all images -> conditions
+    """
     counts = torch.tensor([len(image_captions) for image_captions in captions])
     starts = counts.cumsum(0) - counts
 

@@ -186,7 +186,7 @@ def build_cache(index: DatasetIndex) -> None:
 
 
 def note_other_caches(cache_dir: Path) -> None:
-    """Print the unused caches of this source and data.path: made with other settings, or before files of the dataset changed."""
+    """Print the other caches of this source and data.path, which come from other settings or from older files."""
     same_path = cache_dir.name.rpartition("-")[0].rpartition("-")[2]
     for other in sorted(cache_dir.parent.iterdir()):
         if other.is_dir() and f"-{same_path}-" in other.name and other not in (cache_dir, partial_dir(cache_dir)):

@@ -28,7 +28,8 @@ from utils.images import image_grid, save_png
 
 NEAREST_IMAGES = 12  # generated images in nearest_grid()
 NUM_NEIGHBORS = 3  # training images shown next to each generated image
-NEAR_QUANTILE = 0.01  # a generated image is "near" if its distance is below this quantile of validation distances
+# A generated image is "near" if its distance is below this quantile of the distances of reconstructed validation images.
+NEAR_QUANTILE = 0.01
 
 
 def run(config: Config, dry_run: bool) -> None:
@@ -152,7 +153,8 @@ class Comparison:
     name: str
     network: str  # description: name, number of features and weights
     dim: int  # number of features
-    # Of generated, validation and reconstructed images in equal numbers; then of all generated images, if there are more.
+    # One entry each for generated, validation and reconstructed images, in equal numbers. If there are more generated
+    # images than that, a fourth entry for all of them.
     distances: list[SetMetrics]
     memorization: "Memorization"
 
@@ -226,8 +228,8 @@ class Memorization:
 
     nearest: list[tuple[int, list[int]]]  # indices (generated image, its nearest training images), sorted by distance
     median: float  # distance of generated images
-    val_median: float  # distance of validation images
-    near: float  # fraction of generated images with a distance below the NEAR_QUANTILE of validation distances
+    val_median: float  # distance of reconstructed validation images
+    near: float  # fraction of generated images that are "near", see NEAR_QUANTILE
 
     @classmethod
     def measure(cls, generated: Tensor, val: Tensor, train: Tensor) -> "Memorization":

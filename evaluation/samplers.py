@@ -175,9 +175,10 @@ def train_baseline(model: LatentDiffusion, encodings: LatentDataset, val_z: Tens
 
 
 def recommend(rows: list[SamplerMetrics]) -> str:
-    """Recommend the cheapest sampler with about the distance of the best one.
+    """Recommend the cheapest sampler whose distance is at most MAX_DISTANCE_RATIO times that of the best one.
 
-    The best is ancestral sampling with the most steps or, if ancestral was not run, the sampler with the smallest distance.
+    Samplers with a std ratio in STD_RANGE are preferred. The best sampler is ancestral with the most steps or, if ancestral
+    was not run, the one with the smallest distance.
     """
     ancestral = [row for row in rows if row.sampler == "ancestral"]
     best = max(ancestral, key=lambda row: row.evaluations) if ancestral else min(rows, key=lambda row: row.distance)

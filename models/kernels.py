@@ -12,8 +12,9 @@ MAX_UNFUSED_TOKENS = 256  # bf16 attention on CPUs uses plain matrix products fo
 class GroupNorm(nn.GroupNorm):
     """GroupNorm that computes in the dtype of its weights (float32) and returns the dtype of its input.
 
-    On CPUs, the VAE training step is 1.4 times faster than with PyTorch's bf16 channels_last kernel. On CUDA, PyTorch's
-    kernel does not support channels_last, so the two dtype conversions also change the memory format.
+    On CPUs, the VAE training step is 1.4 times faster than with PyTorch's bf16 channels_last kernel. In eager mode on CUDA,
+    the input is also converted to contiguous format and the output to channels_last, because PyTorch's kernel does not
+    support channels_last.
     """
 
     def forward(self, x: Tensor) -> Tensor:

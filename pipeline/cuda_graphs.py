@@ -54,7 +54,7 @@ class GraphedForward:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         with torch.cuda.device(inputs[0].device):
-            # All graphs share a memory pool, because outputs are copied after each replay.
+            # All graphs can share one memory pool, because each output is copied before another graph runs.
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             main_stream, static_inputs = torch.cuda.current_stream(), [x.clone() for x in inputs]
             side_stream = torch.cuda.Stream()  # PyTorch requires a warm-up on a side stream before capture
@@ -68,7 +68,7 @@ class GraphedForward:
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     output = self.net(*static_inputs)
             finally:
-                torch.cuda.set_stream(main_stream)  # a failed capture leaves its own stream behind
+                torch.cuda.set_stream(main_stream)  # after a failed capture, its stream would stay current
         return graph, static_inputs, output
 
     def _check(self, captured: tuple, inputs: tuple[Tensor, ...]) -> None:

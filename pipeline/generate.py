@@ -45,7 +45,7 @@ class Samples:
 
     @classmethod
     def merge(cls, parts: "list[Samples]") -> "Samples":
-        """Join the samples of all processes, in place into the first."""
+        """Merge the samples of all processes into parts[0] and return it."""
         total = parts[0]
         for part in parts[1:]:
             total.moments.merge(part.moments)

@@ -30,7 +30,10 @@ def import_tracker(cfg: LoggingConfig) -> ModuleType | None:
 
 
 class Logger:
-    """Write the metrics and images of a run that starts or resumes at `step`. `identity` becomes the tracker's config."""
+    """Write the metrics and images of a run that starts or resumes at `step`.
+
+    identity: the run's settings and fingerprints, which the tracker shows as the run's config
+    """
 
     def __init__(self, folder: Path, identity: dict, cfg: LoggingConfig, step: int):
         make_dir(folder)

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import first_line
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-# kind -> network, diffusers class, config converter, module names, subfolders of a pipeline
+# kind -> our network, its diffusers class, converters of the config and of module names, its subfolders in pipelines
 FORMATS = {
     "vae": (VAE, "AutoencoderKL", vae_settings, vae_modules, ("vae", "vqvae")),
     "unet": (UNet, "UNet2DModel", unet_settings, unet_modules, ("unet",)),
