@@ -216,7 +216,8 @@ def unipc_step(
 
     Without z0_s this is the predictor UniP; with z0_s, the clean estimate at s, it is the corrector UniC. The p estimates
     other than the one at t have the positions r_k = (lambda_k - lambda_t) / h. Their weights a_k solve
-    sum_k a_k r_k^(n-1) = phi_n for n = 1 … p (Zhao et al. 2023, eq. 5 and 10, in the data-prediction form of App. A).
+    sum_k a_k r_k^(n-1) = -h n! phi_{n+1}(-h) / B(-h) for n = 1 … p, where phi_1(x) = (e^x - 1) / x and
+    phi_{n+1}(x) = (phi_n(x) - 1/n!) / x (Zhao et al. 2023, eq. 5 and 10, in the data-prediction form of App. A).
     """
     t, s = pair
     lambda_t, z0 = history[-1]
@@ -228,7 +229,7 @@ def unipc_step(
     z = float(schedule.sigma(s) / schedule.sigma(t)) * z - float(schedule.alpha(s)) * math.expm1(-h) * z0
     if not nodes:
         return z
-    b_h = math.expm1(-h)  # B(h) for data prediction
+    b_h = math.expm1(-h)  # B(-h): data prediction replaces h by -h
     phi, rhs = math.expm1(-h) / -h - 1, []
     for n in range(1, len(nodes) + 1):
         rhs.append(phi * math.factorial(n) / b_h)

@@ -255,7 +255,7 @@ def evaluate(
             nats_per_dim=posterior.kl().mean(),
         )
         if perceptual is not None:
-            # .forward bypasses the compiled version, which is for training.
+            # perceptual(x, y) may be compiled for training; perceptual.forward(x, y) never is.
             metrics["perceptual"] = perceptual.forward(x, y).mean()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * len(x)

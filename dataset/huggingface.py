@@ -168,7 +168,7 @@ def read_dataset(cfg: DataConfig) -> dict:
     image_column, label_columns, caption_column = find_columns(features, cfg)
     try:
         parts = [splits[name].cast_column(image_column, datasets.Image(decode=False)) for name in codes]
-    except Exception as error:  # the column does not hold image files: exception types of several libraries
+    except Exception as error:  # the column holds no image files; the exception type varies
         raise UserError(f"data.image_column: {image_column} of {cfg.path} holds no images ({first_line(error)})") from None
     sample = evenly_spaced(np.arange(len(parts[0])), NUM_PROBED)
     open_file = lambda i: io.BytesIO(image_content(parts[0][int(i)][image_column]))

@@ -30,7 +30,7 @@ class Metadata:
     texts: dict[str, list[str]] = field(default_factory=dict)  # image -> captions
     splits: dict[str, int] = field(default_factory=dict)  # image -> split id
     columns: dict[str, dict[str, object]] = field(default_factory=dict)  # other column -> image -> value
-    file_stats: list = field(default_factory=list)  # [path, stats] of each file
+    file_stats: list = field(default_factory=list)  # [path, [size, modification time or CRC]] of each file
 
 
 def read_tables(files: Files, cfg: DataConfig) -> Metadata:

@@ -168,7 +168,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
 
 
 def train_baseline(model: LatentDiffusion, encodings: LatentDataset, val_z: Tensor, n: int) -> float:
-    """Sliced Wasserstein distance between n random training latents and the validation latents, mean of five subsets."""
+    """Sliced Wasserstein distance of n training latents to the validation latents, averaged over five random choices."""
     subsets = [torch.randperm(len(encodings.mean), generator=torch.Generator().manual_seed(i))[:n] for i in range(5)]
     latents = (model.normalizer.normalize(encodings.mean[rows].to(model.device)) for rows in subsets)
     return sum(sliced_wasserstein(z, val_z) for z in latents) / len(subsets)

@@ -72,7 +72,7 @@ class GraphedForward:
         return graph, static_inputs, output
 
     def _check(self, captured: tuple, inputs: tuple[Tensor, ...]) -> None:
-        """Raise RuntimeError unless a replay with other inputs reproduces the eager output."""
+        """Raise RuntimeError unless a replay reproduces the eager output for inputs that differ from the captured ones."""
         other_inputs = 0.5 * inputs[0], *inputs[1:]
         captured[2].fill_(torch.nan)
         expected, replayed = self.net(*other_inputs), self._replay(*captured, other_inputs)

@@ -2,8 +2,8 @@
 
     python tools/gallery.py [RESULTS_DIR] [RUNS_DIR]          # results and runs by default
 
-The page is static: open the file in a browser. It includes RESULTS_DIR/published. Settings and metrics are read from the
-metadata of the PNG files. Loss curves are copied from RUNS_DIR.
+The page is static: open the file in a browser. Grids and reports are read from RESULTS_DIR and RESULTS_DIR/published,
+settings and metrics from the metadata of the grids' PNG files. Loss curves are copied from RUNS_DIR.
 """
 
 import json

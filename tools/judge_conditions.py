@@ -112,7 +112,7 @@ def requested_conditions(config: Config, model: LatentDiffusion, indices: np.nda
         if any(list(ATTRIBUTES.get(name, ())) != values for name, values in conditioner.names.items()):
             raise UserError(
                 f"{model.checkpoint.path} was not trained with data.source=synthetic_faces (its labels are "
-                f"{', '.join(names)}): use a model that was"
+                f"{', '.join(names)}): use a model trained with it"
             )
         columns = [list(ATTRIBUTES).index(name) for name in names]
         return names, (torch.from_numpy(synthetic_faces.labels(EVAL_SEED, indices)[:, columns]).to(model.device),)

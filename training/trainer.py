@@ -38,9 +38,9 @@ class Trainer:
                     trainer.log(evaluate(trainer.ema.net))
 
     identity       settings and data fingerprints; a run with another identity in `folder` is an error
-    weights_name   file for inference with the EMA weights, the tensors `extra`, and `metadata` plus the training progress
+    weights_name   file for inference: EMA weights and the tensors `extra`; `metadata` and training progress as its metadata
     discriminator  has its own optimizer with a constant learning rate; saved only in state.pt
-    data_verified  background check of the training data; an error in it ends training, and saving waits until it is done
+    data_verified  background check of the training data; an error in it ends training, and each save waits for its result
     """
 
     def __init__(
