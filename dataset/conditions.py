@@ -13,6 +13,7 @@ from torch import Tensor
 from config import Config
 from dataset import VAL, evenly_spaced
 from dataset.encodings import LatentDataset
+from dataset.text_encoder import TextEncoder
 from models.conditioning import Cond, Conditioner, LabelEmbedder, TextEmbedder, WordEncoder, split_words
 from utils.errors import UserError
 
@@ -53,7 +54,13 @@ def conditioning_settings(config: Config, dataset: LatentDataset) -> dict | None
             print(f"note: {num_long:,} captions are longer than text.max_words={config.text.max_words} and are truncated")
         sizes = dict(width=config.text.width, layers=config.text.layers, max_words=config.text.max_words)
         return dict(kind="words", vocabulary=vocabulary, pairs=pairs, **sizes)
-    text = dataset.text
+    text, model = dataset.text, config.text.model
+    if "model" in config.text.model_fields_set and model != text.model:  # the same encoder in another folder is allowed
+        if TextEncoder(model, torch.device("cpu")).fingerprint != text.fingerprint:
+            raise UserError(
+                f"{path}: the captions were embedded by {text.model}, but text.model={model} has other weights: run "
+                f"create_encodings.py again, or restore text.model"
+            )
     return dict(
         kind="text",
         model=text.model,

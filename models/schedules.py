@@ -78,7 +78,8 @@ def make_schedule(name: str, timesteps: int = 1000) -> Schedule:
 
     linear         beta from 1e-4 to 0.02, multiplied by 1000/T (Ho et al. 2020, §4, with T = 1000)
     scaled_linear  sqrt(beta) from sqrt(0.00085) to sqrt(0.012), beta multiplied by 1000/T (Rombach et al. 2022, LDM)
-    cosine         alpha bar = cos²((t/T + s)/(1 + s) · pi/2), s = 0.008 (Nichol & Dhariwal 2021, eq. 17)
+    cosine         alpha bar = f((t+1)/T) / f(0), f(x) = cos²((x + s)/(1 + s) · pi/2), s = 0.008, beta at most 0.999
+                   (Nichol & Dhariwal 2021, eq. 17)
     flow           alpha = 1 - (t+1)/T, sigma = (t+1)/T: rectified flow (Liu et al. 2023; Esser et al. 2024, eq. 13)
     """
     if timesteps < 2:

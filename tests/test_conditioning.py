@@ -746,6 +746,9 @@ def test_clip_is_identified_by_its_weights_not_by_its_path(trained, tiny_clip, t
     capsys.readouterr()
     assert experiment.run("infer", *clip, "sampling.prompts=[red]") == 2
     assert "has other weights than" in capsys.readouterr().err
+    assert experiment.run("train_diffusion", *clip) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and f"embedded by {tiny_clip}, but text.model={moved} has other weights" in error[0], error
     assert experiment.run("create_encodings", *clip) == 0 and "up to date" not in capsys.readouterr().out
     assert experiment.run("evaluate", *clip, "evaluation.task=loss", "evaluation.num_images=8") == 2
     assert "were embedded by" in capsys.readouterr().err

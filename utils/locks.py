@@ -58,7 +58,7 @@ def _acquire(path: Path, wait: bool = False) -> int:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except (IsADirectoryError, PermissionError) as error:
-            raise UserError(f"{path} cannot be locked ({error.strerror}): remove it") from None
+            raise UserError(f"{path} cannot be locked ({error.strerror}): make it writable or remove it") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
