@@ -84,6 +84,10 @@ class DatasetIndex:
 
     def load(self) -> Images:
         """Open the cache; rank 0 builds it first if it does not exist."""
+        distributed.require_same(
+            self.cache_dir.name, "data: the image cache", "all processes need the same files and the same data.path"
+        )
+        distributed.require_shared(self.cache_dir.parent)
         if distributed.is_main() and not (self.cache_dir / CHECKSUMS).exists():
             build_cache(self)
         distributed.barrier()
