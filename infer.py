@@ -60,6 +60,8 @@ def infer(config: Config, dry_run: bool) -> None:
     path = results / f"{name}.png"
     if distributed.is_main() and is_of_another_run(path, config, model):
         keep_old_version(results, name, (".png", "_strip.png", "_strip.gif", ""))
+    if cfg.save_images:
+        distributed.require_shared(results)
     distributed.barrier()
     started = time.monotonic()
     trajectory = [row * cfg.cols for row in range(rows)] if prompts.titles else list(range(TRAJECTORY_IMAGES))

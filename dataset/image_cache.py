@@ -83,6 +83,10 @@ class DatasetIndex:
 
     def load(self) -> Images:
         """Open the cache. If it does not exist, rank 0 builds it first."""
+        distributed.require_same(
+            self.cache_dir.name, "data: the image cache", "all processes need the same files and the same data.path"
+        )
+        distributed.require_shared(self.cache_dir.parent)
         if distributed.is_main() and not (self.cache_dir / CHECKSUMS).exists():
             build_cache(self)
         distributed.barrier()

@@ -21,6 +21,7 @@ from pipeline.init_latents import InitImage, initial_noise
 from pipeline.latent_stats import Moments
 from pipeline.stage_files import check_encodings_match, load_vae, note_if_unfinished, unet_path, vae_path
 from sampling import Denoise, Threshold, default_spacing, guided, make_denoiser, num_evaluations, sample, timesteps
+from utils import distributed
 from utils.checkpoints import fingerprint, load_network
 from utils.device import autocast, compile_networks
 from utils.errors import UserError
@@ -176,7 +177,8 @@ class LatentDiffusion:
         latent_mask = init.latent_mask.to(self.device) if init and init.mask is not None else None
         batches = spec.batches(cfg.batch_size)
         total = sum(map(len, batches)) * evaluations
-        bar = tqdm(total=total, unit="eval", desc="sampling", disable=not show_progress) if progress is None else progress
+        hidden = not (show_progress and distributed.is_main())
+        bar = tqdm(total=total, unit="eval", desc="sampling", disable=hidden) if progress is None else progress
         for indices in batches:
 
             def callback(evaluation: int, _t: int, z_t: Tensor, z0: Tensor, indices=indices) -> None:

@@ -4,10 +4,12 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from utils.checkpoints import save_tensors
 from utils.errors import UserError
 from utils.settings import load_config
 
+RANKS = str(ROOT / "tests" / "ranks.py")
 STAGES = ("train_vae", "create_encodings", "train_diffusion", "infer")
 LABELS = (
     "diffusion.condition=class",
@@ -101,46 +104,53 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-PROCESS = """
-import json, os, sys
-for stage, port, argv in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = str(port)
-    code = __import__(stage).main(argv)
-    if code:
-        sys.exit(code)
-"""
+@pytest.fixture(scope="module")
+def two_ranks():
+    """Function that runs a stage in two processes over gloo: two_ranks(stage, argv, **options) -> result of each rank."""
+    server = subprocess.Popen([sys.executable, RANKS], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+
+    def run(stage: str, argv: list[str], **options) -> list[dict]:
+        print(json.dumps({"stage": stage, "argv": argv, "port": free_port(), **options}), file=server.stdin, flush=True)
+        return json.loads(server.stdout.readline())
+
+    yield run
+    server.stdin.close()
+    server.wait()
 
 
-def run_in_two_processes(experiment: Experiment, stages, *overrides) -> list[subprocess.CompletedProcess]:
-    """Run the stages one after the other in two processes over gloo, started as by torchrun."""
-    jobs = json.dumps([[stage, free_port(), experiment.argv(*overrides)] for stage in stages])
-    environment = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    outputs = [[open(experiment.folder / f"{name}{r}", "w+") for name in ("out", "err")] for r in range(2)]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, jobs], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                         stdout=outputs[r][0], stderr=outputs[r][1], cwd=experiment.folder)
-        for r in range(2)
+def run_on_two_nodes(jobs: list[dict]) -> list[tuple[int, str, str, float]]:
+    """Run jobs in one process on each of two agents of torchrun. Returns (code, out, err, time of its end) of each agent."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr",
+               "127.0.0.1", "--local-addr", "127.0.0.1", "--master-port", str(free_port())]  # fmt: skip
+    agents = [
+        subprocess.Popen([*command, "--node-rank", str(node), RANKS, json.dumps(jobs)], text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for node in range(2)
     ]  # fmt: skip
-    deadline = time.monotonic() + 300
-    while any(process.poll() is None for process in processes):
-        time.sleep(0.1)
-        if any(process.poll() for process in processes) or time.monotonic() > deadline:  # as torchrun
-            for process in processes:
-                process.terminate()
-    texts = [[file.seek(0) or file.read() for file in files] for files in outputs]
-    return [subprocess.CompletedProcess(p.args, p.returncode, *text) for p, text in zip(processes, texts)]
+
+    def wait(agent: subprocess.Popen) -> tuple[int, str, str, float]:
+        out, err = agent.communicate(timeout=150)
+        return agent.returncode, out, err, time.time()
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(wait, agents))
+    finally:
+        for agent in agents:
+            agent.terminate()  # which ends its process
 
 
-def test_two_processes_match_one(single_process, tmp_path):
+def test_two_nodes_match_one_process_and_survive_a_killed_rank(single_process, two_ranks, tmp_path):
+    """All stages with two agents of torchrun; then a training in which rank 1 is killed, which two processes resume."""
     experiment = Experiment(tmp_path)
-    first, second = run_in_two_processes(experiment, STAGES, *LABELS)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "latents: the std of generated latents" in first.stdout and not second.stdout  # only rank 0 prints
+    jobs = [{"stage": stage, "argv": experiment.argv(*LABELS), "next_port": free_port()} for stage in STAGES]
+    killed = experiment.argv(*LABELS, "diffusion.name=killed", "diffusion.save_minutes=1e-9")
+    jobs.append({"stage": "train_diffusion", "argv": killed, "fault": [[1, 2, "SIGKILL"]]})
+    (code, out, err, end), (other_code, other_out, other_err, other_end) = run_on_two_nodes(jobs)
+
+    assert "latents: the std of generated latents" in out, err + other_err
+    assert not other_out and "%|" not in other_err  # only rank 0 prints and has progress bars
     assert_same_training(single_process, experiment)
     name = "tiny_cosine_ddim_2x3"
     for file in (f"{name}.png", f"{name}_strip.png"):
@@ -150,6 +160,61 @@ def test_two_processes_match_one(single_process, tmp_path):
     torch.testing.assert_close(one["mean"], two["mean"], rtol=0, atol=2e-3)
     assert one["labels"].equal(two["labels"])
     assert not list(experiment.run_dir.glob("encodings.chunks*")) and not list(tmp_path.rglob("*.tmp"))
+
+    assert code and other_code and "Signal 9" in other_err
+    assert end - other_end < 60
+    before, line = err.split("error: another process of this run has ended")
+    assert "Traceback" not in before and "run the same command again on all nodes" in line.splitlines()[0]
+    # A signal to one rank stops both, with the state saved.
+    results = two_ranks("train_diffusion", killed, fault=[[1, 4, "SIGTERM"]])
+    assert [result["code"] for result in results] == [128 + signal.SIGTERM] * 2, results
+    assert "stopped at step 5 of 6; state saved" in results[0]["err"]
+    results = two_ranks("train_diffusion", killed)
+    assert [result["code"] for result in results] == [0, 0], results
+    uninterrupted, resumed = (load_file(experiment.run_dir / name / "unet.safetensors") for name in ("cosine", "killed"))
+    assert all(uninterrupted[k].equal(resumed[k]) for k in uninterrupted)
+
+
+@pytest.mark.parametrize("event, reason", [("SIGKILL", " by peer"), ("SIGSTOP", "(Timed out waiting ")])
+def test_a_process_that_waits_for_something_else_ends_when_another_is_lost(experiment, two_ranks, event, reason):
+    """The main thread waits for something else, such as a GPU, and gets no error. SIGSTOP: a node that does not answer."""
+    started, times = time.monotonic(), {"GRACE_SECONDS": 1, "HEARTBEAT_SECONDS": 0.5, "HEARTBEAT_TIMEOUT": 3}
+    fault = [[0, 2, "sleep"], [1, 2, event]]
+    first, second = two_ranks("train_vae", experiment.argv(), fault=fault, set=times, one_node=event == "SIGSTOP")
+    assert (first["code"], second["code"]) == (1, -signal.SIGKILL) and time.monotonic() - started < 60
+    lines = [line for line in first["err"].splitlines() if line.startswith("error: another process of this run has ended")]
+    assert len(lines) == 1 and reason in lines[0], first["err"]
+
+
+def test_nodes_without_a_shared_disk_are_one_line(experiment, two_ranks, image_folder):
+    folders = [experiment.folder / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    argv = [str(experiment.config), "runs_dir=runs", "data.source=folder", f"data.path={image_folder}"]
+    no_delay = {"SHARED_SECONDS": 0.5}
+    results = two_ranks("train_vae", argv, cwd=list(map(str, folders)), set=no_delay)
+    message = (
+        f"error: process 1 on {socket.gethostname()} does not see what process 0 on {socket.gethostname()} writes to "
+        f"{folders[0]}/runs/tiny but as {folders[1]}/runs/tiny: several nodes need this folder on a shared file system\n"
+    )
+    assert [result["code"] for result in results] == [2, 2]
+    assert [result["err"] for result in results] == [message, f"process 1: {message}"]
+    assert not any(path.is_file() for folder in folders for path in folder.rglob("*"))
+
+    # The weights are shared and the image cache is not.
+    for folder in folders:
+        (folder / "runs").mkdir(exist_ok=True)
+        (folder / "runs" / "tiny").symlink_to(experiment.folder)
+    first, second = two_ranks("train_vae", argv, cwd=list(map(str, folders)), set=no_delay)
+    assert f"writes to {folders[0]}/runs/cache" in first["err"] and (first["code"], second["code"]) == (2, 2)
+
+    # Each node has its own images.
+    shutil.copytree(image_folder, folders[1] / "images")
+    shutil.copytree(image_folder, folders[0] / "images")
+    argv = experiment.argv("data.source=folder", "data.path=images")
+    first, second = two_ranks("train_vae", argv, cwd=list(map(str, folders)))
+    assert "error: data: the image cache is folder16-" in first["err"] and (first["code"], second["code"]) == (2, 2)
+    assert "all processes need the same files and the same data.path" in first["err"]
 
 
 def test_a_grid_smaller_than_a_batch_is_shared(trained, monkeypatch):
@@ -164,10 +229,12 @@ def test_a_grid_smaller_than_a_batch_is_shared(trained, monkeypatch):
     assert indices == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_errors_are_printed_once(experiment):
-    first, second = run_in_two_processes(experiment, ["train_vae"], "data.source=folder", "data.path=none")
-    assert first.returncode == 2 and second.returncode
-    assert first.stderr.count("error: data.path: none does not exist") == 1 and "error" not in second.stderr
+def test_errors_are_printed_once(experiment, two_ranks):
+    argv = experiment.argv("data.source=folder", "data.path=none")
+    first, second = two_ranks("train_vae", argv, one_node=True)
+    assert first["code"] == 2 and second["code"]
+    assert first["err"].count("error: data.path: none does not exist") == 1 and "error" not in second["err"]
+    assert not experiment.run_dir.exists()
 
 
 def test_interrupted_encoding_resumes(trained, tmp_path, monkeypatch):

@@ -80,6 +80,10 @@ class Trainer:
         self.steps_done = 0  # optimizer steps
         self._minutes_before = 0.0  # minutes of training before this process started
         self._resume()
+        # A network file system may show an old file for some seconds.
+        distributed.require_same(
+            self.steps_done, f"{folder}: the step of state.pt", "run the same command again in a minute"
+        )
         self._first_step = self.steps_done
         self._restart_clocks()
         self._metrics = MetricAverager(next(net.parameters()).device)
@@ -97,7 +101,7 @@ class Trainer:
         self._restart_clocks()
         # The bar shows how many percent of cfg.steps or cfg.max_minutes are done, whichever is more.
         self._bar = tqdm(
-            total=100, initial=self._percent_done(), desc=self.folder.name, disable=self.should_stop,
+            total=100, initial=self._percent_done(), desc=self.folder.name, disable=self.should_stop or not self.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 20.0, bar_format="{l_bar}{bar}| [{elapsed}{postfix}]",
         )  # fmt: skip
         return self
@@ -155,8 +159,9 @@ class Trainer:
         )
 
     def _update_stop(self) -> None:
-        """Decide once per step whether to stop. Rank 0 decides, by its clock and the signals it received."""
-        self._minutes_synced, stopped_by = distributed.broadcast([self.minutes, self._signal or 0])
+        """Decide once per step whether to stop, by the clock of rank 0 and the signals that any rank received."""
+        minutes = self.minutes if self.is_main else 0.0
+        self._minutes_synced, stopped_by = distributed.max_over_ranks([minutes, self._signal or 0])
         self._stopped_by = int(stopped_by) or None
         self.finished = is_finished(self.cfg, self.steps_done, self._minutes_synced)
         self.should_stop = self.finished or self._stopped_by is not None

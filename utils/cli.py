@@ -1,6 +1,6 @@
 """Command line of all scripts: [CONFIG] [section.key=value ...] [--dry-run] [--help].
 
-Exit codes: 0 success, 1 diverged or unexpected error, 2 UserError, 128+N stopped by signal N.
+Exit codes: 0 success, 1 diverged, another process lost or unexpected error, 2 UserError, 128+N stopped by signal N.
 Does not import torch, which takes seconds, so that --help and config errors appear at once.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable
 
 from config import Config
-from utils.errors import Diverged, Stopped, UserError
+from utils.errors import Diverged, ProcessLost, Stopped, UserError
 from utils.files import printable
 from utils.settings import DEFAULT_CONFIG, help_text, load_config
 
@@ -96,6 +96,8 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         commit()  # look up the git commit at the start: another one may be checked out during the run
         if IS_MAIN and not dry_run:
             clean_up(config)
+        if not dry_run:
+            distributed.require_shared(config.run_dir)
         with contextlib.nullcontext() if IS_MAIN else contextlib.redirect_stdout(open(os.devnull, "w")):
             work(config, dry_run)
         distributed.cleanup()
@@ -137,7 +139,7 @@ def exit_message(error: BaseException) -> tuple[str | None, int]:
 
     if isinstance(error, UserError):
         return f"error: {error}", 2
-    if isinstance(error, Diverged):
+    if isinstance(error, (Diverged, ProcessLost)):
         return f"error: {error}", 1
     if isinstance(error, Stopped):
         return str(error), 128 + error.signal_number

@@ -19,3 +19,7 @@ class Stopped(Exception):
 
 class Diverged(Exception):
     """The loss or its gradient is not finite."""
+
+
+class ProcessLost(Exception):
+    """Another process of this run ended or cannot be reached."""
