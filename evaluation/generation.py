@@ -160,8 +160,8 @@ class Comparison:
     def measure(cls, network: Features, sets: list[Tensor], train: Tensor, mirrored: Tensor | None) -> "Comparison":
         """Compute the metrics of all sets of images with one network.
 
-        sets            features of generated, validation and reconstructed images
-        train, mirrored features of the training images and of their mirror images
+        sets             features of generated, validation and reconstructed images
+        train, mirrored  features of the training images and of their mirror images
         """
         generated, val, reconstructed = sets
         # Sets of equal size, because the metrics depend on the number of images.

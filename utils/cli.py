@@ -30,7 +30,7 @@ if not IS_MAIN:
 
 HELP_FLAGS = {"--help", "-h"}
 
-command = ""  # command line of this process, which reports and images store
+command = ""  # command line of this process; it is stored in reports and images
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
