@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.files import first_line
 from utils.images import to_float, to_uint8
 
-PRC_NEIGHBORS = 3  # k of the nearest neighbors in precision and recall (Kynkäänniemi et al. 2019)
+PRC_NEIGHBORS = 3  # k of the k-nearest-neighbor distances in precision and recall (Kynkäänniemi et al. 2019)
 KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # number of subsets, images per subset (Bińkowski et al. 2018)
 # Mean and std with which each network expects its pixels in [0, 1] to be normalized.
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -182,7 +182,7 @@ def preprocess(x: Tensor, size: int, mode: str, mean: tuple, std: tuple) -> Tens
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to the two sets (Heusel et al. 2017). Too large for few images."""
+    """Fréchet distance between Gaussians fitted to the two sets (Heusel et al. 2017). Biased upwards for few images."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = (fid_features_to_statistics(x.double()) for x in (a, b))

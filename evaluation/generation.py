@@ -79,8 +79,8 @@ def run(config: Config, dry_run: bool) -> None:
         f"Memorization: distance to the nearest of {len(train_rows):,} training images"
         f"{' and their mirror images' * config.data.flip}. Without memorization, about {NEAR_QUANTILE:.0%} of generated "
         f"images are nearer to a training image than {1 - NEAR_QUANTILE:.0%} of the reconstructed validation images are.",
-        f"{name}_nearest.png shows the {NEAREST_IMAGES} generated images that are nearest to a training image (features of "
-        f"{comparisons[0].name}), each followed by its {NUM_NEIGHBORS} nearest training images.",
+        f"{name}_nearest.png shows the {min(NEAREST_IMAGES, num_images)} generated images that are nearest to a training "
+        f"image (features of {comparisons[0].name}), each followed by its {NUM_NEIGHBORS} nearest training images.",
     ]
     origin = weights_origin("U-Net", model.checkpoint.fingerprint, model.checkpoint.metadata)
     write_report(config, name, device, origin, "\n\n".join(paragraphs))
@@ -162,8 +162,8 @@ class Comparison:
     def measure(cls, network: Features, sets: list[Tensor], train: Tensor, mirrored: Tensor | None) -> "Comparison":
         """Compute the metrics of all sets of images with one network.
 
-        sets            features of generated, validation and reconstructed images
-        train, mirrored features of the training images and of their mirror images
+        sets             features of generated, validation and reconstructed images
+        train, mirrored  features of the training images and of their mirror images
         """
         generated, val, reconstructed = sets
         # Sets of equal size, because the metrics depend on the number of images.

@@ -191,7 +191,8 @@ def recommend(rows: list[SamplerMetrics]) -> str:
         return message + (f"; the closest is {describe(nearest, best)}" if nearest else "")
     right_std = [row for row in close if STD_RANGE[0] <= row.std_ratio <= STD_RANGE[1]]
     chosen = min(right_std or close, key=lambda row: (row.evaluations, row.distance))
-    note = f" (no such sampler has a std ratio in {STD_RANGE[0]} … {STD_RANGE[1]}; {best_name} has {best.std_ratio:.3f})"
+    std_range = f"{STD_RANGE[0]} … {STD_RANGE[1]}"
+    note = f" (no sampler this close has a std ratio in {std_range}; {best_name} has {best.std_ratio:.3f})"
     return f"recommendation: {describe(chosen, best)}{'' if right_std else note}"
 
 

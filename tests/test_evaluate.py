@@ -30,7 +30,7 @@ BEST = "ancestral with 991 evaluations"
         f"unipc, 20 steps: distance 3.0% above that of {BEST}, in 2.0% of its time",
     ),
     ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0), SamplerMetrics("unipc", 50, 50, 0.1, 0.99, 0.103, 5.0)], "unipc, 50 steps"),
-    ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0)], "no such sampler has a std ratio in 0.97"),
+    ([SamplerMetrics("ddim", 20, 20, 0.1, 0.95, 0.101, 2.0)], "no sampler this close has a std ratio in 0.97"),
     (
         [SamplerMetrics("heun", 1000, 1981, 0.1, 0.95, 0.101, 200.0)],
         f"no cheaper sampler has a distance within 5% of {BEST}",

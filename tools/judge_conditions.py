@@ -38,7 +38,7 @@ EVAL_IMAGES = 512
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, H, W) -> one tensor of logits per attribute, (B, number of values)."""
+    """Map images (B, 3, H, W) to one tensor of logits (B, number of values) per attribute."""
 
     def __init__(self):
         super().__init__()

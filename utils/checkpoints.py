@@ -60,7 +60,7 @@ def read_metadata(path: Path, kind: str) -> dict | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("nanoldm", "null"))
-    except Exception:  # damaged files raise many types
+    except Exception:  # damaged files raise many types of exceptions
         return None
     return metadata if isinstance(metadata, dict) and metadata.get("kind") == kind else None
 
@@ -76,7 +76,7 @@ def load_weights(path: Path, kind: str, made_by: str) -> tuple[dict[str, Tensor]
         checksums.verify(path)
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # damaged files raise many types
+    except Exception as error:  # damaged files raise many types of exceptions
         raise UserError(
             f"{path} is damaged or not made by this project ({first_line(error)}): remove it and run {made_by} again"
         ) from None
@@ -123,7 +123,7 @@ def load_tensors(path: Path, remedy: str, mmap: bool = False, verify: bool = Tru
         if verify:
             checksums.verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damaged files raise many types
+    except Exception as error:  # damaged files raise many types of exceptions
         raise UserError(f"{path} is damaged or not made by this project ({first_line(error)}): {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} was not made by this project: {remedy}")
