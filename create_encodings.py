@@ -36,7 +36,7 @@ from utils.checkpoints import fingerprint, load_tensors, save_tensors
 from utils.checksums import is_intact
 from utils.device import autocast, compile_networks, pick_device, pick_precision
 from utils.errors import UserError
-from utils.files import require_space
+from utils.files import raise_no_space, require_space
 from utils.images import to_float
 from utils.locks import lock_folder
 
@@ -177,8 +177,11 @@ def join_chunks(files: list[Path], key: str) -> Tensor:
     parts = [load_tensors(file, f"remove {file.parent}", mmap=True)[key] for file in files]
     shape = sum(map(len, parts)), *parts[0].shape[1:]
     joined_file = files[0].with_suffix(f".{key}.joined")
-    joined = torch.from_file(str(joined_file), shared=True, size=math.prod(shape), dtype=parts[0].dtype).view(shape)
-    return torch.cat(parts, out=joined)
+    # Written, not filled through the memory map: a full disk would then kill the process with SIGBUS.
+    with raise_no_space(joined_file), open(joined_file, "wb") as file:
+        for part in parts:
+            file.write(part.contiguous().view(torch.uint8).numpy())
+    return torch.from_file(str(joined_file), shared=False, size=math.prod(shape), dtype=parts[0].dtype).view(shape)
 
 
 def make_latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool) -> EncodeChunk:

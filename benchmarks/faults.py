@@ -126,6 +126,8 @@ class Child:
                 os.chdir(folder)  # bad settings may name relative paths
                 os.dup2(log, 1)
                 os.dup2(log, 2)
+                # New objects: the old ones may refer to a file, and reconfigure() would seek in it.
+                sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
                 prepare()
                 code = STAGES[stage].main(arguments(folder, *overrides))
             except KeyboardInterrupt:
@@ -466,4 +468,6 @@ def bad_input(rng: random.Random, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        raise SystemExit(print(__doc__.strip()))
     raise SystemExit(main(*(float(a) if i == 0 else int(a) for i, a in enumerate(sys.argv[1:3]))))

@@ -381,6 +381,33 @@ def test_a_nonfinite_loss_keeps_the_last_good_state(trained, tmp_path, capsys, m
     assert (experiment.run_dir / "cosine" / "state.pt").read_bytes() == state
 
 
+def test_a_full_disk_while_encodings_are_joined(experiment, capsys, monkeypatch):
+    """One error line; the chunks stay, and the same command ends with the encodings of a run without the error."""
+    import create_encodings
+
+    def open_full(path, *args):
+        if str(path).endswith(".joined"):
+            return open("/dev/full", *args)  # every write fails with ENOSPC
+        return open(path, *args)
+
+    assert experiment.run("train_vae") == 0 and experiment.run("create_encodings") == 0
+    path = experiment.run_dir / "encodings.pt"
+    expected = LatentDataset.load(path)
+    path.unlink()
+    monkeypatch.setattr(create_encodings, "open", open_full, raising=False)
+    capsys.readouterr()
+    assert experiment.run("create_encodings") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    error = [line for line in error if line.startswith("error: ")]
+    assert len(error) == 1 and "no space left on the disk" in error[0], error
+    assert not path.exists() and list(experiment.run_dir.glob("encodings.chunks-*/*.pt"))
+    monkeypatch.undo()
+    assert experiment.run("create_encodings") == 0
+    loaded = LatentDataset.load(path)
+    assert torch.equal(loaded.mean, expected.mean) and torch.equal(loaded.val_mean, expected.val_mean)
+    assert not list(experiment.run_dir.glob("encodings.chunks-*"))
+
+
 def test_a_full_disk_keeps_saved_files_and_training_continues(experiment, capsys, monkeypatch):
     assert experiment.run("train_vae", "vae.steps=2") == 0
     state = (experiment.run_dir / "vae" / "state.pt").read_bytes()
