@@ -154,7 +154,7 @@ def short_name(name: str) -> str:
 
 
 def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> bool:
-    """Return whether output files of this name exist that another U-Net or other settings (e.g. another seed) produced."""
+    """Return whether there are output files of this name from another U-Net or other settings (e.g. another seed)."""
     ignored_keys = {"batch_size": 0, "save_images": 0}  # they do not change the images
     settings = json.loads(json.dumps(config.sampling.model_dump())) | ignored_keys
     try:

@@ -169,7 +169,7 @@ def timesteps(
     if spacing == "trailing":
         visited = (start - i * start / n).round().long() - 1
     elif spacing == "leading":
-        # diffusers rounds the stride to usable // steps: 500 steps over 990 timesteps would then start at t = 499.
+        # Unlike diffusers, do not round the stride: 500 steps over 990 timesteps would have stride 1 and start at t = 499.
         visited = (i.long() * usable // steps).flip(0)
     elif spacing == "linspace":
         visited = torch.linspace(round(start) - 1, 0, n, dtype=torch.float64).round().long()
@@ -308,7 +308,7 @@ def randn(shape, generator: Generators, device) -> Tensor:
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """Spherical interpolation of two noise tensors (C, h, w): weight 0 is a, 1 is b (Shoemake 1985).
 
-    The result has about the norm of normal noise; linear interpolation would reduce the norm.
+    The result has about the norm of Gaussian noise; linear interpolation would reduce the norm.
     """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))

@@ -40,7 +40,7 @@ from utils.locks import locked
 
 MIN_TRAIN_IMAGES = 8
 MAX_DAMAGED_FRACTION = 0.01  # a larger fraction of unreadable images is an error
-ABORT_AFTER_DAMAGED = 100  # stop decoding when more images than this, and than MAX_DAMAGED_FRACTION, are unreadable
+ABORT_AFTER_DAMAGED = 100  # minimum number of unreadable images for which decoding stops early
 BLOCK_SIZE = 64  # images per block; a block is decoded by one thread and has one checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)  # blocks that are decoded ahead of the one being written
 

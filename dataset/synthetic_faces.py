@@ -481,9 +481,9 @@ def _draw(g, c, size, canvas, scratch):
         moustache = np.abs(V - (g.nose_y + g.mouth_y) * 0.5 - 0.005 - U * U * 2) - _parabola(U, 0.17) * 0.045
         paint(_cover(moustache, sharp) * g.moustache, s, c["brow"])
 
-    # Mouth. The lips meet on the curve V = mouth_y + (parabola - 0.5) bend, which sags in the middle for a smile. Lips, gap
-    # and teeth are bands around it: `line` is the distance below the curve, and `wide` scales their thickness, from 1 in the
-    # middle to 0 at the corners. `ends` is positive beyond the corners and cuts the bands off there.
+    # Mouth. The lips meet on the curve V = mouth_y + (parabola - 0.5) * bend. For a smile, its middle is lower than its ends.
+    # Lips, gap and teeth are bands around this curve. `line`: distance below the curve. `wide`: factor of the thickness of
+    # the bands, 1 in the middle and 0 at the corners of the mouth. `ends`: positive beyond the corners, to cut the bands off.
     s = rows(.15, .70)
     U, V = fu[:, s], v[:, s]
     parabola = _parabola(U, g.mouth_w)

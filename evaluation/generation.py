@@ -153,8 +153,8 @@ class Comparison:
     name: str
     network: str  # description: name, number of features and weights
     dim: int  # number of features
-    # One entry each for generated, validation and reconstructed images, in equal numbers. If there are more generated
-    # images than that, a fourth entry for all of them.
+    # Three entries, measured on equal numbers of images: generated, validation, reconstructed. If more images were
+    # generated than there are validation images, a fourth entry for all generated images.
     distances: list[SetMetrics]
     memorization: "Memorization"
 
@@ -227,8 +227,8 @@ class Memorization:
     """Feature distances of generated images to their nearest training images."""
 
     nearest: list[tuple[int, list[int]]]  # indices (generated image, its nearest training images), sorted by distance
-    median: float  # distance of generated images
-    val_median: float  # distance of reconstructed validation images
+    median: float  # distance from a generated image to its nearest training image
+    val_median: float  # the same for reconstructed validation images
     near: float  # fraction of generated images that are "near", see NEAR_QUANTILE
 
     @classmethod

@@ -47,8 +47,8 @@ class Conditioner(nn.Module):
 class LabelEmbedder(Conditioner):
     """Sum of label embeddings. Labels are (B, K) int64, one column per label name (class, hair, …).
 
-    A label with n possible values has the indices 0 … n-1 and the null index n. With several columns, `drop` also sets a
-    random subset of each image's labels to null.
+    A label with n possible values has the indices 0 … n-1 and the null index n. With several columns, `drop` first sets a
+    random subset of each image's labels to null, then all labels of some images.
     """
 
     def __init__(self, names: dict[str, list[str]], emb_dim: int):

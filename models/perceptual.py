@@ -72,7 +72,7 @@ class LPIPS(nn.Module):
     """LPIPS v0.1 of the `lpips` package, with a backbone from a torchvision state dict.
 
     The package's linear heads were trained for torchvision's own weights (official=True). For other weights, the distance
-    has no heads, and the title says that it is not LPIPS.
+    is computed without these heads, and `title`, its name in reports, says that it is not LPIPS.
     """
 
     def __init__(self, net: str, state: dict[str, Tensor], official: bool):

@@ -62,7 +62,7 @@ def latent_stats(moments: Moments, normalizer: Normalizer, clamped: float, out_o
 
 
 def std_warnings(stats: dict, cfg: SamplingConfig) -> list[str]:
-    """Return a warning with the likely cause if a std ratio is outside 0.9 … 1.1, else an empty list."""
+    """Return a warning with the likely cause if the latents' std ratio (generated / training) is outside 0.9 … 1.1, else []."""
     ratio, worst = stats["std_ratio"], stats["worst_channel_ratio"]
     if 0.9 <= ratio <= 1.1 and 0.9 <= worst <= 1.1:
         return []

@@ -25,16 +25,16 @@ class Prompts:
     There are no titles if all images have the null condition or the model is unconditional.
     """
 
-    titles: list[str] = field(default_factory=list)
-    cond: Cond = ()  # one row per title; () for an unconditional model
+    titles: list[str] = field(default_factory=list)  # text above each row of the grid
+    cond: Cond = ()  # tensors with one row per title; () for an unconditional model
     warnings: list[str] = field(default_factory=list)
 
 
 def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.device) -> Prompts:
     """Return the conditions for sampling.labels or sampling.prompts. Raises UserError if they do not fit the model.
 
-    If neither is set, a model with one label gets one row per class, but at most sampling.rows rows (of evenly spaced
-    classes). Other models get the null condition.
+    If neither is set, a model conditioned on a single label gets one condition per class. If there are more than
+    sampling.rows classes, that many evenly spaced ones are used. Other models get the null condition.
     """
     cfg = config.sampling
     if conditioner is None:

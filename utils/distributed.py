@@ -177,7 +177,10 @@ def require_shared(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _token_file(folder: Path) -> Iterator[str | None]:
-    """Yield the name of a new file; None if the folder is not writable. Then remove it, and the folder if it is new."""
+    """Create a file with a random name, which other ranks look for, and yield its name; None if the folder is read-only.
+
+    On exit, the file is removed. The folder is also removed if this function created it.
+    """
     is_new = not folder.exists()
     make_dir(folder)
     path = folder / f".shared.{secrets.token_hex(8)}.tmp"  # remove_leftovers() removes it if this process is killed
