@@ -81,7 +81,7 @@ def export(config: Config, dry_run: bool) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"check: latents of the exported and this model differ by at most {difference:.1e} after {CHECK_STEPS} DDIM steps")
+    print(f"check: after {CHECK_STEPS} DDIM steps, the export's latents differ from the model's by at most {difference:.1e}")
     print(f"done: {folder}")
 
 
@@ -135,7 +135,7 @@ def scheduler_config(schedule: Schedule, prediction: str, sigma_max: float | Non
         raise ValueError(f"diffusion.prediction={prediction} has no counterpart in diffusers' DDIM")
     if schedule.name == "flow":
         raise ValueError("diffusion.schedule=flow has no counterpart in LDMPipeline")
-    # Timesteps above sigma_max are removed, because diffusers' schedulers always start at the last timestep.
+    # Remove the timesteps with sigma/alpha > sigma_max, because diffusers' schedulers always start at the last timestep.
     usable = timesteps(schedule, schedule.timesteps, "trailing", sigma_max)[0] + 1
     alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:usable]])
     common = dict(

@@ -144,7 +144,7 @@ def timesteps(
     logsnr    uniform in log(alpha/sigma) (Lu et al. 2022a, §3.4)
     karras    uniform in (sigma/alpha)^(1/7)
 
-    strength < 1 is for image-to-image: it starts at this fraction of the timesteps and runs this fraction of the steps.
+    strength < 1 (image-to-image): start at this fraction of the timesteps and run this fraction of the steps.
     Fewer than `steps` timesteps are returned if sigma_max leaves fewer, or if logsnr or karras rounds two to the same one.
     sigma_max matters for the cosine schedule: z0_hat multiplies an error in eps by sigma/alpha, which is 20,000 at T-1.
     """
@@ -164,7 +164,7 @@ def timesteps(
         )
     steps = min(steps, usable)
     n = max(1, round(strength * steps))
-    start = n * usable / steps  # the first timestep is round(start) - 1; "leading" may start lower
+    start = n * usable / steps  # sampling starts at timestep round(start) - 1; "leading" may start at a lower one
     i = torch.arange(n, dtype=torch.float64)
     if spacing == "trailing":
         visited = (start - i * start / n).round().long() - 1

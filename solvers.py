@@ -163,7 +163,7 @@ def ddim_mean(z_t: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int, noise
 
 
 def beta_std(schedule: Schedule, t: int, s: int) -> float:
-    """Std of q(z_t | z_s): sigma²_{t|s} = sigma_t² - (alpha_t/alpha_s)² sigma_s². For s = t-1 this is sqrt(beta_t)."""
+    """Std sigma_{t|s} of q(z_t | z_s): sqrt(sigma_t² - (alpha_t/alpha_s)² sigma_s²). It is sqrt(beta_t) for s = t-1."""
     ratio = float(schedule.alpha(t) / schedule.alpha(s))
     return max(float(schedule.sigma(t)) ** 2 - (ratio * float(schedule.sigma(s))) ** 2, 0.0) ** 0.5
 

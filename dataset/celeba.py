@@ -12,7 +12,7 @@ from utils.files import first_line
 
 PARTITION, ATTRIBUTES = "list_eval_partition", "list_attr_celeba"
 SUFFIXES = (".txt", ".csv")
-LIST_FOLDERS = (".", "Anno", "Eval")  # searched in each folder above the images; the original has Anno and Eval
+LIST_FOLDERS = (".", "Anno", "Eval")  # searched for the lists, relative to the two parent folders of data.path
 
 
 @dataclass

@@ -175,8 +175,8 @@ def is_system_file(name: str) -> bool:
 def zip_name(entry: zipfile.ZipInfo) -> str:
     """Return the path of a zip entry, decoded as the unzip program does.
 
-    A path without the zip format's UTF-8 flag is decoded as UTF-8 if its bytes are valid UTF-8, else as code page 437. In a
-    zip made on Unix it is always UTF-8, with invalid bytes escaped.
+    A path without the zip format's UTF-8 flag is decoded as UTF-8 if its bytes are valid UTF-8. Otherwise, it is decoded
+    as UTF-8 with invalid bytes escaped if the zip was made on Unix, else as code page 437.
     """
     name = entry.filename
     if not entry.flag_bits & 0x800 and name == entry.orig_filename:  # neither a UTF-8 flag nor a Unicode path field

@@ -40,7 +40,7 @@ from utils.locks import locked
 
 MIN_TRAIN_IMAGES = 8
 MAX_DAMAGED_FRACTION = 0.01  # a larger fraction of unreadable images is an error
-ABORT_AFTER_DAMAGED = 100  # minimum number of unreadable images for which decoding stops early
+ABORT_AFTER_DAMAGED = 100  # decoding stops early only if more images than this are unreadable
 BLOCK_SIZE = 64  # images per block; a block is decoded by one thread and has one checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)  # blocks that are decoded ahead of the one being written
 
@@ -136,7 +136,7 @@ def index_dataset(config: Config) -> DatasetIndex:
     if index.num_images(TRAIN) < MIN_TRAIN_IMAGES or index.num_images(VAL) < 1:
         raise UserError(
             f"data: too few images: at least {MIN_TRAIN_IMAGES} for training and 1 for validation are needed "
-            f"(got {index.num_images(TRAIN)} and {index.num_images(VAL)} of {len(source.names)})"
+            f"(got {index.num_images(TRAIN)} and {index.num_images(VAL)} of {len(source.names)} images)"
         )
     return index
 

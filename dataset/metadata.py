@@ -53,8 +53,9 @@ def read_tables(files: Files, cfg: DataConfig) -> Metadata:
         reject_missing(missing, table, "rows")
     for key in ("caption_column", "label_column"):
         if (column := getattr(cfg, key)) is not None and column not in known_columns:
-            columns = ", ".join(sorted(known_columns)) or "there is no metadata.csv or metadata.jsonl"
-            raise UserError(f"data.{key}: no metadata file has a column {column!r} ({columns})")
+            columns = ", ".join(sorted(known_columns))
+            reason = f"existing columns: {columns}" if columns else "there is no metadata.csv or metadata.jsonl"
+            raise UserError(f"data.{key}: no metadata file has a column {column!r} ({reason})")
     return metadata
 
 
@@ -168,7 +169,7 @@ def _are_integers(texts: set[str]) -> bool:
 
 
 def _label_texts(values: list) -> tuple[list[str | None], str | None]:
-    """Return the values as text (None if missing), and the reason if they cannot be labels, else None."""
+    """Return (values as text, None), or ([], reason) if the values cannot be labels. The text of a missing value is None."""
     if any(value is None for value in values):
         return [], "differs between rows of one image"
     if any(isinstance(value, (dict, list)) for value in values):

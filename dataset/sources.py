@@ -64,7 +64,7 @@ def _add_captions(source: Source, metadata: Metadata) -> None:
         source.captions = [texts.get(n) or [""] for n in source.names]
         if num_missing := sum(captions == [""] for captions in source.captions):
             total = len(source.names)
-            print(f"note: {num_missing:,} of {total:,} images have no caption and get the empty one, the null condition")
+            print(f"note: {num_missing:,} of {total:,} images have no caption and get the empty caption (null condition)")
     if splits:
         source.split = use_test_if_no_val(np.array([splits.get(n, TRAIN) for n in source.names], dtype=np.uint8))
         if num_missing := len(source.names) - len(splits):

@@ -97,10 +97,10 @@ HEADER = ["images", "own", "other", "difference", "nearer to its own"]
 
 @dataclass
 class Match:
-    """Feature distances of generated images to the validation image of their condition, and to the others."""
+    """Feature distances from generated images to the validation image of their own condition and of other conditions."""
 
-    own: float
-    other: float
+    own: float  # mean distance to the validation image of the same condition
+    other: float  # mean distance to the validation images of other conditions
     difference: float  # mean of other - own
     standard_error: float  # of the difference
     nearer: float  # fraction of the other validation images farther away than its own, ties count half; 0.5 by chance

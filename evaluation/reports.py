@@ -1,4 +1,4 @@
-"""Markdown reports in results/, and the plan that evaluate.py prints before it starts."""
+"""Markdown reports in results/, and the summary that evaluate.py prints before it starts."""
 
 from pathlib import Path
 from typing import Iterable, Sequence

@@ -225,7 +225,7 @@ def save_plot(path: Path, rows: list[SamplerMetrics], baseline: float, title: st
             axis.plot(x, y, marker=".", label=sampler if points else None)
         axis.set(xscale="log", xlabel="network evaluations", title=heading)
     axes[1].axhspan(*STD_RANGE, alpha=0.15)
-    axes[1].set_ylim(0.7, 1.3)  # fixed, because heun with few steps is far outside
+    axes[1].set_ylim(0.7, 1.3)  # fixed limits, because the std of heun with few steps is far outside them
     axes[2].axhline(baseline, linestyle=":", color="black", label="training latents")
     if any(row.ode_distance for row in rows):
         axes[0].set_yscale("log")

@@ -30,7 +30,7 @@ class Conditioner(nn.Module):
     """Base class: forward(*cond) -> Condition."""
 
     token_dim: int | None = None  # channels of a token; None: this conditioner returns no tokens
-    trains_null_condition = False  # whether `drop` can return the null condition even if prob = 0
+    trains_null_condition = False  # True if `drop` sometimes returns the null condition even with prob=0
 
     def null_like(self, cond: Cond) -> Cond:
         """Return the null condition, repeated to the shape of `cond`."""

@@ -90,7 +90,7 @@ def test_files_of_other_settings_are_renamed(trained, capsys):
     for seed in (5, 5, 6, 7):
         assert trained.run("infer", *ROW_OF_2, "sampling.trajectory_frames=2", f"sampling.seed={seed}") == 0
         contents[seed] = [path.read_bytes(), path.with_name(path.stem + "_strip.gif").read_bytes()]
-    assert "has other settings or weights and was renamed to tiny_cosine_ddim_1x2-2.png" in capsys.readouterr().out
+    assert "was made with other settings or weights: renamed to tiny_cosine_ddim_1x2-2.png" in capsys.readouterr().out
     for seed, stem in ((5, f"{path.stem}-2"), (6, f"{path.stem}-3"), (7, path.stem)):
         assert contents[seed] == [path.with_name(stem + suffix).read_bytes() for suffix in (".png", "_strip.gif")]
     assert not path.with_name(f"{path.stem}-4.png").exists()
@@ -110,7 +110,7 @@ def test_grids_of_a_retrained_unet_are_kept(trained, capsys):
         assert trained.run(*command) == 0
     finally:
         weights_path.write_bytes(original)
-    assert "has other settings or weights and was renamed to tiny_cosine_euler_1x2-2.png" in capsys.readouterr().out
+    assert "was made with other settings or weights: renamed to tiny_cosine_euler_1x2-2.png" in capsys.readouterr().out
     assert path.with_name("tiny_cosine_euler_1x2-2.png").read_bytes() == older_grid != path.read_bytes()
 
 

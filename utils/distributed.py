@@ -75,10 +75,11 @@ def cleanup() -> None:
 
 
 def _heartbeat(group: dist.ProcessGroup) -> None:
-    """Exchange messages with all ranks until all have finished. Ends this process if a rank is lost.
+    """Exchange messages with all ranks until all have finished. End this process if a rank is lost.
 
-    The kernel closes the connections of a killed process, which is an error at once. The main thread may not notice: it may
-    wait for a GPU whose nccl kernel waits for the lost rank, or compute for an hour until its next collective.
+    The operating system closes the connections of a killed process, so the next exchange fails at once. The main thread may
+    not notice the loss: it may wait for an nccl kernel that waits for the lost rank, or compute for an hour before its next
+    collective operation.
     """
     num_finished = torch.zeros(1)
     try:
@@ -103,7 +104,7 @@ def _collective() -> Iterator[None]:
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise
-        # gloo: [file:line] Connection closed by peer [address]:port. Advice …
+        # gloo's messages look like this: [file:line] Connection closed by peer [address]:port. Advice …
         reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).split(". ")[0]
         raise ProcessLost(
             f"another process of this run has ended or cannot be reached ({reason}): see its messages, and run the same "
@@ -205,7 +206,7 @@ def _token_file(folder: Path) -> Iterator[str | None]:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a token file can be read, now or a little later."""
+    """Return whether the file that _token_file() created on rank 0 becomes readable here within SHARED_SECONDS."""
     deadline = time.monotonic() + SHARED_SECONDS
     while True:
         with contextlib.suppress(OSError):

@@ -82,7 +82,7 @@ def keep_old_version(folder: Path, name: str, suffixes: tuple[str, ...]) -> None
     for suffix in suffixes:
         if (folder / f"{name}{suffix}").exists():
             (folder / f"{name}{suffix}").rename(folder / f"{name}-{n}{suffix}")
-    print(f"note: {folder / name}{suffixes[0]} has other settings or weights and was renamed to {name}-{n}{suffixes[0]}")
+    print(f"note: {folder / name}{suffixes[0]} was made with other settings or weights: renamed to {name}-{n}{suffixes[0]}")
 
 
 def make_dir(folder: Path) -> None:

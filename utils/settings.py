@@ -153,7 +153,7 @@ def _describe(error: ValidationError) -> str:
             value, message = "", f": unknown key{_suggestion(key)}"
         elif entry["type"] == "model_type":
             message = " must be a section"
-        elif not key:  # a validator of several keys, whose message contains their values
+        elif not key:  # from a validator of several keys: its message contains their values
             value = ""
         else:
             # "Input should be greater than 0" -> "must be greater than 0"
