@@ -43,8 +43,8 @@ class TextEncoder:
         self.max_length = min(limits)
         # CLIP's attention is causal, so only its last token depends on the whole caption.
         self.pooling = "last" if config.model_type.startswith("clip") else "mean"
-        # The fingerprint ignores what differs between versions of transformers (names, dtypes), and the pooler, whose
-        # weights are random if the file lacks them.
+        # The fingerprint ignores differences between versions of transformers (prefix of names, dtypes). It also ignores
+        # the pooler, because the pooler's weights are random if the file lacks them.
         state = {name.removeprefix("text_model."): value.float() for name, value in self.net.state_dict().items()}
         self.fingerprint = fingerprint({name: value for name, value in state.items() if not name.startswith(POOLER)})
         self.num_truncated = 0  # captions truncated so far

@@ -21,8 +21,8 @@ from utils.files import first_line
 from utils.images import to_float, to_uint8
 
 PRC_NEIGHBORS = 3  # k of the k-nearest-neighbor distances in precision and recall (Kynkäänniemi et al. 2019)
-KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # number of subsets, images per subset (Bińkowski et al. 2018)
-# Mean and std with which each network expects its pixels in [0, 1] to be normalized.
+KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # number of subsets, most images per subset (Bińkowski et al. 2018)
+# Mean and std of the input normalization of each network, for pixels in [0, 1].
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 EFFICIENTNET_LITE = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
@@ -65,14 +65,14 @@ def load_features(cfg: EvaluationConfig, device: torch.device) -> list[Features]
 def make_features(name: str, weights: str | None, device: torch.device) -> Features:
     """Load a feature network by its name in evaluation.features.
 
-    weights: a local file; for dinov2 and clip, a local folder or hub id. None selects the default weights, which are
-    downloaded, except those of efficientnet_lite0, which its pip package contains.
+    weights: a local file; for dinov2 and clip, a local folder or hub id. None selects the default weights: the pip package
+    of efficientnet_lite0 contains them, and the other networks download them.
     """
     title, default_weights, load = NETWORKS[name]
     weights = weights or default_weights
     try:
         net, forward = load(weights)
-    except Exception as error:  # no internet, a file that holds no weights, …: many exception types
+    except Exception as error:  # many exception types, for example if there is no internet or the file is damaged
         remedy = "or use evaluation.features=efficientnet_lite0, which needs no download"
         if name == "efficientnet_lite0":
             remedy = "or pip install -r requirements.txt"
