@@ -177,7 +177,7 @@ def join_chunks(files: list[Path], key: str) -> Tensor:
     parts = [load_tensors(file, f"remove {file.parent}", mmap=True)[key] for file in files]
     shape = sum(map(len, parts)), *parts[0].shape[1:]
     joined_file = files[0].with_suffix(f".{key}.joined")
-    # Written, not filled through the memory map: a full disk would then kill the process with SIGBUS.
+    # Do not copy the parts into a memory-mapped file: if the disk is full, the copy kills the process (SIGBUS).
     with raise_no_space(joined_file), open(joined_file, "wb") as file:
         for part in parts:
             file.write(part.contiguous().view(torch.uint8).numpy())

@@ -131,7 +131,7 @@ def sample_unipc(predict, z, schedule, pairs, options: SolverOptions):
             z = unipc_step(z_last, schedule, (pairs[i - 1][0], t), history, z0)
         history = [*history, (half_log_snr(schedule, t), z0)][-options.order :]
         z_last = z
-        # The last steps also have a lower order, because they are long in log(alpha/sigma).
+        # Lower the order towards the end, because the last steps are long in log(alpha/sigma).
         max_order = len(pairs) - i if pairs[-1][1] < 0 else options.order
         z = unipc_step(z_last, schedule, (t, s), history[-max_order:])
     return z

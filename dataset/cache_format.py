@@ -43,7 +43,7 @@ class Images:
     verified: Future
 
     def rows(self, split: int, at_most: int | None = None) -> np.ndarray:
-        """Return the indices of the images of a split. If limited, they are evenly spaced: files may be sorted by class."""
+        """Return the indices of the images of a split, or `at_most` evenly spaced ones: files may be sorted by class."""
         return evenly_spaced(np.flatnonzero(self.split == split), at_most)
 
 
@@ -73,7 +73,7 @@ class Block:
 
 
 def read_journal(folder: Path, image_bytes: int) -> list[Block]:
-    """Return the intact blocks of an interrupted build. Truncate pixels.u8 and the journal after the last of them."""
+    """Return the intact blocks of an interrupted build. Truncate pixels.u8 and the journal to these blocks."""
     blocks: list[Block] = []
     pixels, journal = folder / PIXELS, folder / JOURNAL
     if not (pixels.is_file() and journal.is_file()):
@@ -111,7 +111,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def open_cache(cache_dir: Path) -> Images:
-    """Open a cache. The pixels are verified in the background (Images.verified), all other files before returning."""
+    """Open a cache. Verify the pixels in the background (see Images.verified), and all other files before returning."""
     try:
         checksums = json.loads((cache_dir / CHECKSUMS).read_bytes())
         split, labels, meta = (_read_verified(cache_dir / name, checksums[name]) for name in TABLES)

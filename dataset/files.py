@@ -60,8 +60,8 @@ class Files:
                 raise UserError(f"data.path: {path} is empty")
             suffixes = sorted({PurePosixPath(n).suffix.lower() or "no suffix" for n in self._entries})
             raise UserError(
-                f"data.path: {path} has {self.num_found} files but no image ({', '.join([*suffixes[:5], *self.skipped])}); "
-                f"supported: {', '.join(sorted(IMAGE_SUFFIXES))}"
+                f"data.path: {path} has {self.num_found} files but no image; "
+                f"found: {', '.join([*suffixes[:5], *self.skipped])}; supported: {', '.join(sorted(IMAGE_SUFFIXES))}"
             )
 
     @property

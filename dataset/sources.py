@@ -141,8 +141,8 @@ def cifar10(cfg: DataConfig, seed: int) -> Source:
     """CIFAR-10 in torchvision's format; the official test set is the validation split."""
     if cfg.path is None:
         raise UserError(
-            "data.path is not set: set it to the folder that contains cifar-10-batches-py, "
-            "or to a folder to download it into with data.download=true"
+            "data.path is not set: set it to the folder that contains cifar-10-batches-py; "
+            "to download CIFAR-10 into this folder, add data.download=true"
         )
     if cfg.download:
         _download("CIFAR10", cfg.path)

@@ -93,7 +93,7 @@ class _HashRandom:
 
 
 def _attributes(rng):
-    """Sample the value index of every attribute, (B,) int64 each, and `natural_hair_color`, the color of brows and beard."""
+    """Sample attributes: dictionary of name -> value indices (B,) int64. `natural_hair_color` colors brows and beard."""
     a = {}
     a["sex"] = rng.bernoulli("sex", 0.5)
     a["age"] = rng.choice("age", [.18, .58, .24])
@@ -588,7 +588,7 @@ CHUNK_PIXELS = 32 * 64 * 64
 def render(seed: int, indices: np.ndarray, size: int) -> np.ndarray:
     """Return (B, size, size, 3) uint8 RGB; image i depends on (seed, indices[i], size) alone.
 
-    The same (seed, index) is the same face at every size, which must be at least 16.
+    The same (seed, index) gives the same face at every size. The size must be at least 16.
     """
     if size < 16:
         raise ValueError(f"size must be at least 16 pixels (got {size})")

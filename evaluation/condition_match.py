@@ -103,7 +103,9 @@ class Match:
     other: float  # mean distance to the validation images of other conditions
     difference: float  # mean of other - own
     standard_error: float  # of the difference
-    nearer: float  # fraction of the other validation images farther away than its own, ties count half; 0.5 by chance
+    # Fraction of the other validation images that are farther from the generated image than its own validation image.
+    # A tie counts as half. The expected value is 0.5 for images that do not depend on the condition.
+    nearer: float
 
     @classmethod
     def measure(cls, generated: Tensor, val: Tensor, titles: list[str]) -> "Match":

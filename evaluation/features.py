@@ -65,14 +65,14 @@ def load_features(cfg: EvaluationConfig, device: torch.device) -> list[Features]
 def make_features(name: str, weights: str | None, device: torch.device) -> Features:
     """Load a feature network by its name in evaluation.features.
 
-    weights: a local file; for dinov2 and clip, a local folder or hub id. None selects the default weights, which are
-    downloaded, except those of efficientnet_lite0, which its pip package contains.
+    weights: a local file; for dinov2 and clip, a local folder or hub id. None selects the default weights: the pip package
+    of efficientnet_lite0 contains them, and the other networks download them.
     """
     title, default_weights, load = NETWORKS[name]
     weights = weights or default_weights
     try:
         net, forward = load(weights)
-    except Exception as error:  # no internet, a file that holds no weights, …: many exception types
+    except Exception as error:  # many exception types, for example if there is no internet or the file is damaged
         remedy = "or use evaluation.features=efficientnet_lite0, which needs no download"
         if name == "efficientnet_lite0":
             remedy = "or pip install -r requirements.txt"

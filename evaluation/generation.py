@@ -153,8 +153,8 @@ class Comparison:
     name: str
     network: str  # description: name, number of features and weights
     dim: int  # number of features
-    # Three entries, measured on equal numbers of images: generated, validation, reconstructed. If more images were
-    # generated than there are validation images, a fourth entry for all generated images.
+    # The first three entries are for generated, validation and reconstructed images, in equal numbers. If there are more
+    # generated images than validation images, a fourth entry is for all generated images.
     distances: list[SetMetrics]
     memorization: "Memorization"
 
@@ -166,13 +166,13 @@ class Comparison:
         train, mirrored  features of the training images and of their mirror images
         """
         generated, val, reconstructed = sets
-        # Sets of equal size, because the metrics depend on the number of images.
+        # Compare sets of equal size, because the metrics depend on the number of images.
         labelled = {"generated": evenly_spaced(generated, len(val)), "validation images": val, RECONSTRUCTED: reconstructed}
         if len(generated) > len(val):
             labelled["generated, all"] = generated
         distances = [SetMetrics.measure(label, features, train) for label, features in labelled.items()]
         train_and_mirrored = train if mirrored is None else torch.cat([train, mirrored])
-        # Take reconstructed validation images: they have the VAE's blur, as generated images do, and blur changes distances.
+        # Use reconstructed validation images: the VAE blurs them like generated images, and blur changes distances.
         memorization = Memorization.measure(generated, reconstructed, train_and_mirrored)
         weights = f", {network.weights}" if network.weights else ""
         description = f"**{network.name}** ({train.shape[1]:,} features{weights})"
@@ -227,8 +227,8 @@ class Memorization:
     """Feature distances of generated images to their nearest training images."""
 
     nearest: list[tuple[int, list[int]]]  # indices (generated image, its nearest training images), sorted by distance
-    median: float  # distance from a generated image to its nearest training image
-    val_median: float  # the same for reconstructed validation images
+    median: float  # median distance from a generated image to its nearest training image
+    val_median: float  # median distance from a reconstructed validation image to its nearest training image
     near: float  # fraction of generated images that are "near", see NEAR_QUANTILE
 
     @classmethod

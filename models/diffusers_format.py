@@ -74,7 +74,10 @@ def _head_dim(settings: dict, has_attention: list[bool]) -> int | None:
 
 
 def unet_settings(config: dict) -> dict:
-    """Arguments of UNet2DModel (config.json) -> UNet.settings. Classes are named 0, 1, …; the last one is the null label."""
+    """Translate the config.json of diffusers' UNet2DModel to UNet.settings.
+
+    Classes are named 0, 1, …; the last class is the null label.
+    """
     expected = dict(
         resnet_time_scale_shift="scale_shift",
         time_embedding_type="positional",
@@ -143,7 +146,7 @@ def vae_config(settings: dict, image_size: int | Sequence[int], scaling_factor: 
 
 
 def vae_settings(config: dict) -> dict:
-    """Arguments of AutoencoderKL (config.json) -> VAE.settings."""
+    """Translate the config.json of diffusers' AutoencoderKL to VAE.settings."""
     channels = list(config["block_out_channels"])
     in_channels, quant_conv = config.get("in_channels", 3), config.get("use_quant_conv", True)
     _require(

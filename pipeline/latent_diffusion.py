@@ -119,7 +119,7 @@ class LatentDiffusion:
             raise UserError(f"sampling: {error}") from None
 
     def threshold(self, x0_clamp: str | float) -> Threshold | None:
-        """Return the Threshold for a value of sampling.x0_clamp, which clamps the clean estimates; None if "none"."""
+        """Return the Threshold that clamps clean estimates as sampling.x0_clamp demands; None if x0_clamp is "none"."""
         if x0_clamp == "none":
             return None
         return Threshold(*(self.normalizer.range() if x0_clamp == "range" else (-x0_clamp, x0_clamp)))
@@ -272,8 +272,8 @@ def load_guidance_net(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint, d
     for key in ("encodings_fingerprint", "schedule", "timesteps", "prediction"):
         if weaker_metadata[key] != metadata[key]:
             raise UserError(
-                f"sampling.autoguidance: {key} of {weaker_path} must equal that of {path}, {metadata[key]} "
-                f"(got {weaker_metadata[key]})"
+                f"sampling.autoguidance: {weaker_path} and {path} must have the same {key} "
+                f"(got {weaker_metadata[key]} and {metadata[key]})"
             )
     if weaker.settings["conditioning"] != unet.settings["conditioning"]:
         raise UserError(f"sampling.autoguidance: {weaker_path} has other labels or text settings than {path}")

@@ -204,7 +204,7 @@ def test_damaged_cache_is_an_error_with_remedy(tmp_path, image_folder):
     [
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "is empty"),
-        (lambda p: (p.mkdir(), (p / "a.txt").write_text("x")), r"no image \(.txt\)"),
+        (lambda p: (p.mkdir(), (p / "a.txt").write_text("x")), r"no image; found: \.txt; supported: "),
         (lambda p: p.write_text("x"), "not a folder or a zip"),
         (lambda p: (p.mkdir(), [Image.new("RGB", (16, 16)).save(p / f"{i}.png") for i in range(3)]), "too few"),
     ],

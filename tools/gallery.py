@@ -143,7 +143,7 @@ def read_grid(results: Path, path: Path) -> Grid | None:
 
 
 def copy_curves(results: Path, runs: Path, grids: list[Grid]) -> None:
-    """Copy the loss curves from `runs` to `results`. Skip published grids, whose curves were published with them."""
+    """Copy the loss curves of grids from `runs` to `results`, except for grids in published/: their curves are there."""
     for grid in grids:
         curves = runs / grid.config["name"] / grid.diffusion_name / "curves.png"
         if curves.is_file() and "/" not in grid.image:

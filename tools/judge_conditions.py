@@ -61,7 +61,7 @@ class Classifier(nn.Module):
 
 
 def imitate_vae(x: Tensor) -> Tensor:
-    """Slightly blur half of the images and add noise to them, so that the classifier also works on decoded images."""
+    """Add slight blur and noise to about half of the images, so that the classifier also works on decoded images."""
     blurred = F.interpolate(F.interpolate(x, scale_factor=0.5, mode="area"), scale_factor=2.0, mode="bilinear")
     strength = torch.rand(len(x), 1, 1, 1, device=x.device) * (torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5)
     return torch.lerp(x, blurred, strength) + 0.03 * strength * torch.randn_like(x)

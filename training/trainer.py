@@ -38,7 +38,7 @@ class Trainer:
                     trainer.log(evaluate(trainer.ema.net))
 
     identity       settings and data fingerprints; a run with another identity in `folder` is an error
-    weights_name   file for inference: EMA weights and the tensors `extra`; `metadata` and training progress as its metadata
+    weights_name   file for inference: EMA weights and the tensors of `extra`. Its header has `metadata` and the progress
     discriminator  has its own optimizer with a constant learning rate; saved only in state.pt
     data_verified  background check of the training data; an error in it ends training, and each save waits for its result
     """
@@ -153,7 +153,7 @@ class Trainer:
         return self.steps_done * self.cfg.batch_size
 
     def due(self, every: int) -> bool:
-        """Whether an action that runs every `every` steps is due now; always after the last step."""
+        """Whether an action that runs every `every` steps is due now. Every action is due after the last step of the run."""
         return self.steps_done > self._first_step and (
             self.finished or (self.steps_done % every == 0 and not self.should_stop)
         )

@@ -22,7 +22,7 @@ def checksum(content: bytes) -> str:
 
 
 def add_checksum(path: Path) -> None:
-    """Write the checksum into a new file: a .pt file, or a .safetensors file with {KEY: UNSET} in its metadata."""
+    """Add the checksum to a file that has none: a .pt file, or a .safetensors file with {KEY: UNSET} in its metadata."""
     with open(path, "rb+") as file:
         if file.read(2) == b"PK":
             file.seek(-2, os.SEEK_END)
@@ -80,7 +80,7 @@ def _position(file: BinaryIO) -> int:
         if end[:4] == b"PK\5\6" and end[20:] == len(UNSET).to_bytes(2, "little"):
             return position
     elif (length := int.from_bytes(start, "little")) < size:
-        # This matches only the key, because JSON escapes quotes inside strings.
+        # The search can find only the key, because JSON escapes quotes inside strings.
         key = f'"{KEY}":"'.encode()
         index = file.read(length).find(key)
         if index >= 0:

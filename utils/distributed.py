@@ -210,7 +210,7 @@ def _appears(path: Path) -> bool:
     deadline = time.monotonic() + SHARED_SECONDS
     while True:
         with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # NFS then asks the server instead of its cache
+            os.listdir(path.parent)  # makes NFS ask the server instead of its cache
             if path.read_text() == path.name:
                 return True
         if time.monotonic() > deadline:

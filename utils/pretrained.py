@@ -33,10 +33,11 @@ class Pretrained:
 
 
 def load_pretrained(kind: str, source: str, key: str) -> Pretrained:
-    """Load weights for our network of this kind, "vae" or "unet".
+    """Load weights of a VAE (kind "vae") or of a U-Net (kind "unet").
 
-    source: a .safetensors file of this project, or a folder or hub id of a diffusers model or of a pipeline that contains
-    the model. key: the setting whose value is `source`, for error messages.
+    source: a .safetensors file of this project; or, for a diffusers model, a folder or hub id. The folder or hub id may
+    be that of the model or of a pipeline that contains the model.
+    key: the setting whose value is `source`, for error messages
     """
     path = Path(source)
     if path.is_file():

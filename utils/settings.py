@@ -80,7 +80,7 @@ def _load_yaml(text: str, annotation) -> Any:
 
 
 def _keep_text(node: yaml.Node, annotation) -> None:
-    """Tag the scalars of text settings as strings, except null."""
+    """Tag the YAML scalars of text settings as strings, so that YAML does not convert them. null stays null."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
             if field := annotation.model_fields.get(key_node.value if isinstance(key_node.value, str) else ""):
