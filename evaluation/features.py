@@ -22,7 +22,7 @@ from utils.images import to_float, to_uint8
 
 PRC_NEIGHBORS = 3  # k of the k-nearest-neighbor distances in precision and recall (Kynkäänniemi et al. 2019)
 KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # number of subsets, images per subset (Bińkowski et al. 2018)
-# Mean and std with which each network expects its pixels in [0, 1] to be normalized.
+# Mean and std per color channel, for pixels in [0, 1]. Each network expects inputs (pixels - mean) / std.
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 EFFICIENTNET_LITE = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
