@@ -31,7 +31,9 @@ from utils.files import require_space
 
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 CHECK_STEPS, CHECK_IMAGES = 50, 2  # sampling steps and images in check()
-TOLERANCE = 1e-3  # largest allowed difference of latents (std 1) after CHECK_STEPS steps, and of pixels in [-1, 1]
+# Largest allowed difference between the exported model and this one: of latents (std 1) after CHECK_STEPS steps, and of
+# pixels in [-1, 1].
+TOLERANCE = 1e-3
 
 
 def export(config: Config, dry_run: bool) -> None:
@@ -110,9 +112,9 @@ def identity_quant_convs(channels: int) -> dict[str, Tensor]:
 
 
 def fold_normalizer(state: dict[str, Tensor], n: Normalizer) -> dict[str, Tensor]:
-    """Fold the normalization z = (latent - shift) scale into quant_conv, and its inverse into post_quant_conv.
+    """Fold the normalization z = (latent - shift) · scale into quant_conv, and its inverse into post_quant_conv.
 
-    In the encoder, mean becomes (mean - shift) scale, and logvar becomes logvar + 2 log(scale).
+    In the encoder, mean becomes (mean - shift) · scale, and logvar becomes logvar + 2 · log(scale).
     """
     gain = torch.cat([n.scale, torch.ones_like(n.scale)])
     offset = torch.cat([-n.shift * n.scale, 2 * n.scale.log()])

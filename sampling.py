@@ -215,16 +215,16 @@ def guided(
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
 ) -> Denoise:
-    """Classifier-free guidance (Ho & Salimans 2021): uncond + scale (cond - uncond), applied to the clean estimates.
+    """Classifier-free guidance (Ho & Salimans 2021) of clean estimates: uncond + scale · (cond - uncond).
 
-    For a given z_t the clean estimate is linear in eps and in v, so guiding z0_hat is the same as guiding eps or v.
+    For a given z_t, the clean estimate is linear in eps and in v. So guiding z0_hat is the same as guiding eps or v.
 
     denoise_cond  (z_t, t) -> conditional z0_hat, used where guidance is off
     denoise_both  (z_t, t) -> pair of conditional and unconditional z0_hat, for example from one batch of both
     scale         1 is off, 0 is unconditional
     interval      guide only while sigma/alpha is in this range (Kynkäänniemi et al. 2024)
-    rescale       0 … 1: how far to move the std of a guided estimate to that of the conditional estimate, per image
-                  (Lin et al. 2024, eq. 15 and 16)
+    rescale       0: keep the guided estimate; 1: scale it per image to the std of the conditional estimate; values between
+                  0 and 1 interpolate (Lin et al. 2024, eq. 15 and 16)
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be in [0, 1] (got {rescale})")
@@ -288,7 +288,7 @@ def as_threshold(x0_range) -> Callable[[Tensor], Tensor]:
 
 
 def image_generators(seed: int, indices: Sequence[int], device) -> list[torch.Generator]:
-    """One generator per image. That of image i depends only on seed and i, not on batch size or number of processes."""
+    """Return one generator per image, seeded only by `seed` and the image index, for any batch size and process count."""
     # The factor (Knuth's hash multiplier) separates consecutive seeds: image 1 of seed 0 must differ from image 0 of seed 1.
     return [torch.Generator(device).manual_seed((seed * 2654435761 + i) % 2**63) for i in indices]
 

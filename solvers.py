@@ -197,7 +197,10 @@ def euler_step(z: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int) -> Ten
 
 
 def extrapolate(z0: Tensor, previous: tuple[Tensor, float] | None, h: float) -> Tensor:
-    """D_i = (1 + 1/(2r)) z0_i - 1/(2r) z0_{i-1} with r = h_{i-1}/h_i (Lu et al. 2022b, Algorithm 2); z0_i if i = 0."""
+    """Extrapolate clean estimates: D_i = (1 + 1/(2r)) · z0_i - 1/(2r) · z0_{i-1} with r = h_{i-1}/h_i, and D_0 = z0_0.
+
+    h_i is the length of step i in lambda (Lu et al. 2022b, Algorithm 2).
+    """
     if previous is None:
         return z0
     z0_previous, h_previous = previous
@@ -214,22 +217,25 @@ def unipc_step(
 ) -> Tensor:
     """Step from z_t to z_s with the clean estimates in `history`, the newest of which is at t.
 
-    Without z0_s this is the predictor UniP; with z0_s, the clean estimate at s, it is the corrector UniC. The p estimates
-    other than the one at t have the positions r_k = (lambda_k - lambda_t) / h. Their weights a_k solve
-    sum_k a_k r_k^(n-1) = -h n! phi_{n+1}(-h) / B(-h) for n = 1 … p, where phi_1(x) = (e^x - 1) / x and
-    phi_{n+1}(x) = (phi_n(x) - 1/n!) / x (Zhao et al. 2023, eq. 5 and 10, in the data-prediction form of App. A).
+    Without z0_s, this is the predictor UniP. With the clean estimate z0_s at s, this is the corrector UniC.
+
+    Let h = lambda_s - lambda_t. Besides the estimate at t, there are p estimates z0_k (k = 1 … p) at lambda_k, with
+    r_k = (lambda_k - lambda_t) / h. The slope (z0_k - z0_t) / r_k has the weight a_k. The weights solve the p equations
+        sum_k a_k · r_k^(n-1) = -h · n! · phi_{n+1}(-h) / B(-h),  n = 1 … p
+    with phi_1(x) = (e^x - 1) / x and phi_{n+1}(x) = (phi_n(x) - 1/n!) / x
+    (Zhao et al. 2023, eq. 5 and 10, in the data-prediction form of App. A).
     """
     t, s = pair
     lambda_t, z0 = history[-1]
     h = half_log_snr(schedule, s) - lambda_t
-    # (r_k, D_k / r_k) for all estimates except the one at t, with D_k = z0_k - z0
+    # (r_k, slope) of every estimate except the one at t
     nodes = [((node - lambda_t) / h, (estimate - z0) * (h / (node - lambda_t))) for node, estimate in reversed(history[:-1])]
     if z0_s is not None:
         nodes.append((1.0, z0_s - z0))
     z = float(schedule.sigma(s) / schedule.sigma(t)) * z - float(schedule.alpha(s)) * math.expm1(-h) * z0
     if not nodes:
         return z
-    b_h = math.expm1(-h)  # B(-h): data prediction replaces h by -h
+    b_h = math.expm1(-h)  # B(-h), because data prediction replaces h by -h
     phi, rhs = math.expm1(-h) / -h - 1, []
     for n in range(1, len(nodes) + 1):
         rhs.append(phi * math.factorial(n) / b_h)

@@ -61,7 +61,7 @@ class Block:
     checksum: str  # of the pixels of the readable images
 
     def line(self) -> str:
-        """Return a line of the journal: the checksum of the JSON text, a space, and the JSON text."""
+        """Return this block as a line of the journal: the checksum of the JSON text, a space, and the JSON text."""
         text = json.dumps(vars(self))
         return f"{checksum(text.encode())} {text}\n"
 

@@ -191,7 +191,7 @@ def _word_token_ids(conditioner: WordEncoder, captions: list[list[str]], device:
 
 
 def _caption_conditions(captions: list[list[str]], look_up: Callable[[Tensor], Cond]) -> Conditions:
-    """Return the conditions of images, each with a list of captions.
+    """Return the conditions of images that have captions. captions[i] lists the captions of image i.
 
     look_up: indices into the concatenated captions of all images -> conditions
     """

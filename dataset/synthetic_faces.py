@@ -104,7 +104,7 @@ def _attributes(rng):
     a["natural_hair_color"] = rng.choice("hair_colour", HAIR_COLOR[a["age"]])
     a["hair_color"] = np.where(bald, 5, a["natural_hair_color"])
     hat = rng.choice("hat", [.70, .15, .15])
-    a["hat"] = np.where(np.isin(style, [0, 2, 6]), 0, hat)                          # no hat over bald, spiky, bun
+    a["hat"] = np.where(np.isin(style, [0, 2, 6]), 0, hat)                          # bald, spiky, bun: no hat
     a["fringe"] = rng.bernoulli("fringe", 0.5) * ~(np.isin(style, [0, 2, 6]) | (a["hat"] > 0))
     a["eye_color"] = rng.choice("eye_colour", [.4, .3, .3])
     a["smile"] = rng.bernoulli("smile", 0.55)
@@ -379,9 +379,9 @@ def _draw(g, c, size, canvas, scratch):
     au, u2 = np.abs(u), u * u
     fu = u + (u2 * 1.2 - 1) * g.turn
 
-    # Hair silhouette, the union of three shapes as a signed distance:
-    # - cap: an ellipse around the skull above the curve v = cap_cut - 0.4 u^2; spikes and curls displace its outline
-    # - curtain (bob, long): |u| < curtain_w + flare v, between v = -0.05 and the lower curve v = curtain - 0.5 u^2
+    # Hair silhouette: d_hair is the signed distance to the union of three shapes.
+    # - cap: the part of an ellipse around the skull above v = cap_cut - 0.4 · u^2; spikes and curls displace its outline
+    # - curtain (bob, long): |u| < curtain_w + flare · v, between v = -0.05 and the lower curve v = curtain - 0.5 · u^2
     # - blob: an ellipse at (blob_x, blob_y) and its mirror image at -blob_x (pigtails), or one at u = 0 (bun)
     # A hat removes all hair above hat_y. The face is painted over the silhouette.
     cap_v, curls = v + 0.05, np.float32(0)
@@ -408,8 +408,8 @@ def _draw(g, c, size, canvas, scratch):
     fringe = v - g.fringe_y - u * g.fringe_slope - _ripple(u * 6) * 0.03
     front = np.maximum(d_hair, np.minimum(-opening, fringe))
 
-    # Head silhouette: un^2 + vn^2 - square un^2 vn^2 = 1, an ellipse that `square` deforms toward a rectangle. `jaw` makes
-    # it narrower below v = 0.05.
+    # Head silhouette: un^2 + vn^2 - square · un^2 · vn^2 = 1, an ellipse that `square` deforms toward a rectangle. `jaw`
+    # makes the head narrower below v = 0.05.
     low = np.maximum(v - 0.05, 0)
     un, vn = u * (low * low * (g.jaw * 3) + 1) * (1 / g.face_w), (v - 0.04) * (1 / 0.56)
     un2, vn2 = un * un, vn * vn
@@ -481,9 +481,9 @@ def _draw(g, c, size, canvas, scratch):
         moustache = np.abs(V - (g.nose_y + g.mouth_y) * 0.5 - 0.005 - U * U * 2) - _parabola(U, 0.17) * 0.045
         paint(_cover(moustache, sharp) * g.moustache, s, c["brow"])
 
-    # Mouth. The lips meet on the curve V = mouth_y + (parabola - 0.5) * bend. For a smile, its middle is lower than its ends.
-    # Lips, gap and teeth are bands around this curve. `line`: distance below the curve. `wide`: factor of the thickness of
-    # the bands, 1 in the middle and 0 at the corners of the mouth. `ends`: positive beyond the corners, to cut the bands off.
+    # Mouth. The lips meet on the curve V = mouth_y + (parabola - 0.5) * bend. In a smile, the curve is lowest in the middle.
+    # Lips, gap and teeth are bands around this curve. `line`: distance below the curve. `wide`: relative thickness of the
+    # bands, 1 in the middle and 0 at the corners of the mouth. `ends`: positive beyond the corners, where the bands end.
     s = rows(.15, .70)
     U, V = fu[:, s], v[:, s]
     parabola = _parabola(U, g.mouth_w)
@@ -503,8 +503,9 @@ def _draw(g, c, size, canvas, scratch):
     paint(_glow(np.abs(U) - g.nose_w * 0.62, V, g.nose_w * 0.6, 0.032) * 0.9, s, c["skin_dark"] * 0.82)
     paint(_glow(U, V - 0.012, g.nose_w * 1.2, 0.035) * 0.6, s, c["skin_dark"])
 
-    # Eyes. (ex, ey) is relative to the nearer eye; `out` is the distance from its center, away from the nose. The lids are
-    # parabolas through both corners: `top` above, `low` below. The iris is a disk, visible between the lids only.
+    # Eyes. (ex, ey): coordinates relative to the center of the nearer eye. `out`: horizontal distance from this center,
+    # positive away from the nose. The lids (`top`, `low`) are parabolas through both corners of the eye. The iris is a disk
+    # that is visible only between the lids.
     s = rows(-.26, .34)
     U = fu[:, s]
     out, ex = np.abs(U) - g.eye_x, U - np.copysign(g.eye_x, U)

@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.files import first_line
 
 DEFAULT_MAX_LENGTH = 512  # tokens, for models without position embeddings (T5)
-POOLER = "pooler."  # in tensor names of the pooling layer, which is not used here and often missing in weights files
+POOLER = "pooler."  # prefix of the pooling layer's tensor names; the layer is unused and often missing in weights files
 
 
 class TextEncoder:
@@ -28,7 +28,7 @@ class TextEncoder:
         logging.disable_progress_bar()
         try:
             self.tokenizer, self.net, missing = _load(_resolve(model))
-        except Exception as error:  # no network, unknown model, missing file: many types from three libraries
+        except Exception as error:  # three libraries raise many exception types: no network, unknown model, missing file
             raise UserError(
                 f"text.model: {model} cannot be loaded ({first_line(error)}). Without a network, put config.json, "
                 f"model.safetensors and the tokenizer's files of a text encoder into a folder and set text.model=FOLDER; "

@@ -56,7 +56,7 @@ class Bin(NamedTuple):
     first_t: int
     last_t: int
     error: float  # mean squared error of z0_hat
-    relative_error: float  # mean ratio of the error to that of the optimal denoiser for latents z ~ N(0, 1)
+    relative_error: float  # mean of error / expected error of the optimal denoiser for latents z ~ N(0, 1)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.image_metrics import psnr_ssim
 from utils.images import comparison_grid, save_png, to_float, to_uint8
 
-MIN_VAL_IMAGES = 8  # precision and recall need more images than nearest neighbors
+MIN_VAL_IMAGES = 8  # must exceed PRC_NEIGHBORS, the number of nearest neighbors in precision and recall
 GRID_IMAGES = 32
 
 

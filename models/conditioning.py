@@ -61,7 +61,10 @@ class LabelEmbedder(Conditioner):
         nn.init.normal_(self.table.weight, std=0.1)
 
     def title(self, labels: list[int]) -> str:
-        """A row of labels as text: "cat", or "hair brown, glasses yes" with several columns; "any" without labels."""
+        """Return the labels of one image as text: "cat" or, if there are several label names, "hair brown, glasses yes".
+
+        Null labels are left out. If all labels are null, the text is "any".
+        """
         known = [(name, values[i]) for (name, values), i in zip(self.names.items(), labels) if i < len(values)]
         return ", ".join(value if len(self.names) == 1 else f"{name} {value}" for name, value in known) or "any"
 
@@ -185,8 +188,8 @@ class TextEmbedder(Conditioner):
 
 # In scripts without spaces between words, each grapheme (a character with its combining marks) is a word.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-# In other scripts, a word is a run of letters, digits, vowel signs (Mn, Mc) and joiners. Variation selectors, which follow
-# emoji, are in Mn but not part of words.
+# In other scripts, a word is a run of letters, digits, vowel signs (Mn, Mc) and joiners. Variation selectors (which follow
+# emoji) also belong to category Mn, but words do not include them.
 LETTERS = rf"[[\p{{L}}\p{{N}}]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{Mn}}\p{{Mc}}\u200c\u200d]--[{UNSPACED}\uFE00-\uFE0F]]*"
 WORD = regex.compile(rf"(?=[[{UNSPACED}]&&[\p{{L}}\p{{N}}]])\X\p{{M}}*|{LETTERS}(?:'{LETTERS})?", regex.V1)
 

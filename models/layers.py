@@ -12,10 +12,10 @@ from models.kernels import GroupNorm, scaled_dot_product_attention
 
 
 def num_norm_groups(channels: list[int]) -> int:
-    """Number of GroupNorm groups in all layers of a network with these channels per level; diffusers requires one number.
+    """Number of GroupNorm groups for a network with these channels per level.
 
-    It is the largest number up to 32 that divides the channels of every level and leaves at least 4 channels per group.
-    Smaller groups would remove contrast between channels.
+    All layers have the same number of groups, as diffusers requires. It is the largest number up to 32 that divides the
+    channels of every level and leaves at least 4 channels per group. Smaller groups would remove contrast between channels.
     """
     limit = min(32, max(1, min(channels) // 4))
     return max(groups for groups in range(1, limit + 1) if math.gcd(*channels) % groups == 0)

@@ -64,7 +64,7 @@ class Normalizer:
         return z / _as_map(self.scale) + _as_map(self.shift)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """Bounds on z for thresholding, (C, 1, 1) each: the quantiles, widened by 10 %."""
+        """Bounds on z for thresholding, (C, 1, 1) each: the range [low, high], widened by 10 %."""
         center, half = (self.low + self.high) / 2, (self.high - self.low) / 2
         return _as_map(center - RANGE_WIDENING * half), _as_map(center + RANGE_WIDENING * half)
 
@@ -89,9 +89,9 @@ def _as_map(values: Tensor) -> Tensor:
 
 
 def _moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and excess kurtosis of each channel of latents (N, C, h, w), (C,) float64 each.
+    """Mean, variance and excess kurtosis per channel of latents (N, C, h, w). Each result is (C,) float64.
 
-    Rows are read in blocks, because the latents of a large dataset are memory-mapped and do not fit in memory.
+    The latents are read in blocks, because those of a large dataset are memory-mapped and do not fit in memory.
     """
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -123,7 +123,10 @@ class VAE(nn.Module):
         return Posterior(mean, logvar.clamp(-30.0, 20.0))  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> float32 images (B, in_channels, H, W); only a tanh output keeps them in [-1, 1]."""
+        """Unscaled latents (B, C, h, w) -> float32 images (B, in_channels, H, W).
+
+        Pixel values can lie outside [-1, 1] unless the output activation is tanh.
+        """
         z = self.post_quant_conv(z)
         images = self._apply_in_chunks(self.decoder, z, z.shape[2] * z.shape[3] * self.downsampling**2)
         return torch.tanh(images) if self.output_activation == "tanh" else images

@@ -68,7 +68,7 @@ class GraphedForward:
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     output = self.net(*static_inputs)
             finally:
-                torch.cuda.set_stream(main_stream)  # after a failed capture, its stream would stay current
+                torch.cuda.set_stream(main_stream)  # needed after a failed capture, which leaves its own stream current
         return graph, static_inputs, output
 
     def _check(self, captured: tuple, inputs: tuple[Tensor, ...]) -> None:

@@ -33,8 +33,8 @@ class Prompts:
 def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.device) -> Prompts:
     """Return the conditions for sampling.labels or sampling.prompts. Raises UserError if they do not fit the model.
 
-    If neither is set, a model conditioned on a single label gets one condition per class. If there are more than
-    sampling.rows classes, that many evenly spaced ones are used. Other models get the null condition.
+    If neither is set, a model conditioned on a single label gets one condition per class, for at most sampling.rows evenly
+    spaced classes. Other conditional models get the null condition.
     """
     cfg = config.sampling
     if conditioner is None:

@@ -10,7 +10,7 @@ from config import TrainingConfig
 
 
 def learning_rate(cfg: TrainingConfig, step: int, minutes: float = 0.0) -> float:
-    """Linear warm-up to cfg.lr, then constant, or cosine decay to lr/10.
+    """Learning rate of a step: linear warm-up to cfg.lr, followed by a constant rate or by cosine decay to cfg.lr / 10.
 
     The decay ends at the last step or at max_minutes, whichever comes first.
     """

@@ -112,7 +112,8 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
     if IS_MAIN:
         print(message, file=sys.stderr)
     elif message.startswith("error: "):
-        time.sleep(2)  # if rank 0 fails with the same error, it prints it in this time, and torchrun ends this process
+        # If rank 0 fails with the same error, only rank 0 should print it. torchrun then ends this process during the sleep.
+        time.sleep(2)
         print(f"process {os.environ['RANK']}: {message}", file=sys.stderr)
     if distributed.world_size() > 1:
         # Exit without cleanup, which would hang while other ranks wait in a collective operation. torchrun ends those ranks.

@@ -68,8 +68,8 @@ def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Mo
     if problem:
         print(f"note: networks are not compiled because torch.compile fails: {problem}")
         return
-    # Dynamo limits the recompilations of a class, not of a module. Many modules share a class, and each of them is compiled
-    # for training, for evaluation and for a smaller last batch.
+    # Dynamo limits the number of recompilations per module class. Many modules have the same class, and each module is
+    # compiled separately for training, for evaluation and for a smaller last batch.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 1024
     for network in networks:
         network.compile(dynamic=False)

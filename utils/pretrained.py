@@ -55,7 +55,7 @@ def load_pretrained(kind: str, source: str, key: str) -> Pretrained:
         with torch.device("meta"):
             keys = list(network(**settings).state_dict())
         return Pretrained(settings, from_diffusers(state, keys, to_modules(settings)))
-    except Exception as error:  # damaged files, missing keys, other architectures: many types
+    except Exception as error:  # many exception types: damaged files, missing keys, other architectures
         raise UserError(f"{key}: {source} cannot be used ({first_line(error)})") from None
 
 
@@ -82,7 +82,7 @@ def _download(repo: str, key: str, subfolders: tuple[str, ...]) -> tuple[Path, P
                 if {f"{prefix}config.json", f"{prefix}{name}"} <= files:
                     return tuple(Path(hf_hub_download(repo, f"{prefix}{file}")) for file in ("config.json", name))
         raise FileNotFoundError(f"no config.json with weights next to it ({' or '.join(WEIGHT_FILES)})")
-    except Exception as error:  # no network, no such repository, gated, full disk: many types
+    except Exception as error:  # many exception types: no network, no such repository, gated repository, full disk
         raise UserError(
             f"{key}: {repo} is not a local path and cannot be loaded from the Hugging Face hub ({first_line(error)})"
         ) from None

@@ -167,7 +167,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """Suggest a similar key from the same section or, if it has none, from all sections."""
+    """Suggest a similar key from the same section or, if the section has no similar key, from all sections."""
     section, _, name = key.rpartition(".")
     known = [known_key for known_key, _ in walk(Config)] + ([] if section else list(Config.model_fields))
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
