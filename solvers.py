@@ -22,7 +22,7 @@ class SolverOptions:
     """Options of all solvers; a solver ignores the options of other solvers."""
 
     randn: Callable[[], Tensor]  # returns new standard normal noise in the shape of z
-    num_noisy_steps: int  # number of steps, counted from the first one, that may add noise
+    num_noisy_steps: int  # only the first num_noisy_steps steps may add noise
     eta: float = 0.0  # ddim: 0 adds no noise, 1 adds noise with the posterior variance
     order: int = 2  # unipc: order of the solver, 1 to 3
     variance: str = "posterior"  # ancestral: variance of the added noise, "posterior" or "beta"
@@ -222,7 +222,7 @@ def unipc_step(
     t, s = pair
     lambda_t, z0 = history[-1]
     h = half_log_snr(schedule, s) - lambda_t
-    # (r_k, D_k / r_k) for all estimates except the one at t, with D_k = z0_k - z0
+    # One pair (r_k, D_k / r_k) per estimate z0_k other than the one at t, where D_k = z0_k - z0.
     nodes = [((node - lambda_t) / h, (estimate - z0) * (h / (node - lambda_t))) for node, estimate in reversed(history[:-1])]
     if z0_s is not None:
         nodes.append((1.0, z0_s - z0))

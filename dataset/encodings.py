@@ -69,8 +69,8 @@ class LatentDataset:
     """Latents of the training and validation images, with labels, captions and the fingerprints of VAE and images."""
 
     mean: Tensor  # posterior means (N, C, h, w) of the training images, float16 or bfloat16, not normalized
-    mean_flipped: Tensor | None  # (N, C, h, w) of the mirrored images, which differ from mirrored latents
-    val_mean: Tensor  # (M, C, h, w) of the validation images
+    mean_flipped: Tensor | None  # posterior means of the mirrored images (N, C, h, w); they differ from mirrored `mean`
+    val_mean: Tensor  # posterior means of the validation images (M, C, h, w)
     normalizer: Normalizer
     labels: Tensor | None  # (N, K) int64, K labels per image
     val_labels: Tensor | None  # (M, K)

@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.files import first_line
 
 DEFAULT_MAX_LENGTH = 512  # tokens, for models without position embeddings (T5)
-POOLER = "pooler."  # in tensor names of the pooling layer, which is not used here and often missing in weights files
+POOLER = "pooler."  # prefix of the pooling layer's tensors, which are not used here and often missing in weights files
 
 
 class TextEncoder:
