@@ -127,8 +127,8 @@ RHO = 7.0  # Karras et al. 2022, eq. 5
 def default_spacing(sampler: str, schedule: Schedule) -> str:
     """Return the spacing with the best measured results (docs/sampling.md): logsnr for second-order solvers, else trailing.
 
-    Uniform steps in t skip the low noise levels that determine low-variance directions of the data. The flow schedule was
-    not measured and uses trailing.
+    Low noise levels determine the low-variance directions of the data. logsnr visits these levels; equal strides in t skip
+    them. Spacings were not measured for the flow schedule, whose default is trailing.
     """
     return "logsnr" if sampler in SECOND_ORDER and schedule.name != "flow" else "trailing"
 

@@ -22,7 +22,7 @@ class SolverOptions:
     """Options of all solvers; a solver ignores the options of other solvers."""
 
     randn: Callable[[], Tensor]  # returns new standard normal noise in the shape of z
-    num_noisy_steps: int  # number of steps, counted from the first one, that may add noise
+    num_noisy_steps: int  # only the first num_noisy_steps steps may add noise
     eta: float = 0.0  # ddim: 0 adds no noise, 1 adds noise with the posterior variance
     order: int = 2  # unipc: order of the solver, 1 to 3
     variance: str = "posterior"  # ancestral: variance of the added noise, "posterior" or "beta"

@@ -25,8 +25,8 @@ class Layout:
 def read_layout(names: list[str]) -> Layout:
     """Infer the layout from the paths of all images.
 
-    If there are split folders, images outside them are left out. Folders are read as classes only if nearly all images are
-    in one; the remaining images are left out.
+    If there are split folders, images outside them are left out. Folders are read as classes only if at most
+    MAX_STRAY_FRACTION of the training images are outside them; images outside are then left out.
     """
     return _read_splits({name: PurePosixPath(name).parent.parts for name in names})
 

@@ -52,7 +52,7 @@ HAIR_STYLE = np.array([
     [[0, .05, 0, .15, .20, .20, .05, .35], [0, .08, 0, .18, .24, .25, .13, .12], [0, .15, 0, .25, .25, .05, .30, 0]],
     [[0, .45, .33, .22, 0, 0, 0, 0], [.17, .33, .20, .16, 0, .09, .05, 0], [.33, .42, 0, .18, 0, .07, 0, 0]],
 ])
-# P(natural hair color | age), indexed [age][color]; "none" has no column, because it follows from "bald"
+# P(natural hair color | age), indexed [age][color]. "none" has no column, because it is the color of bald heads only.
 HAIR_COLOR = np.array([[.26, .27, .27, .20, 0], [.28, .27, .22, .21, .02], [.04, .04, .02, .02, .88]])
 
 
@@ -66,7 +66,10 @@ def _mix(z):
 
 
 class _HashRandom:
-    """Random numbers, one per image, for each name. Names are hashed: respelling "hair_colour" would change all images."""
+    """Random numbers for a batch of images. A number is a hash of seed, image index and the name of the random variable.
+
+    So renaming a variable, for example "hair_colour", would change all images.
+    """
 
     def __init__(self, seed, indices):
         indices = np.asarray(indices)
@@ -245,7 +248,7 @@ def _appearance(seed, indices):
     g["lens_w"], g["lens_h"] = rnd("lens_w", .135, .15), rnd("lens_h", .105, .13)
     g["freckle"] = a["freckles"] * rnd("freckle", .65, .8)
     g["wrinkle"] = np.where(old, 1.0, 0.0)
-    # brightness of the backdrop: bg_0 + bg_x x + bg_y y + bg_r (x^2 + y^2)
+    # brightness of the backdrop: bg_0 + bg_x * x + bg_y * y + bg_r * (x^2 + y^2)
     g["bg_x"] = rnd("bg_x", -.05, .05) * (a["backdrop"] == 1)
     g["bg_y"] = by([0, .18, 0], a["backdrop"]) * np.where(rnd("bg_flip") < .35, -1, 1)
     g["bg_r"] = by([0, 0, -.22], a["backdrop"])
@@ -544,7 +547,7 @@ def _draw(g, c, size, canvas, scratch):
         rim = np.minimum(np.abs(lens) - 0.017, np.maximum(bar, U - g.face_w))
         paint(_cover(rim, sharp) * g.glasses, s, c["frame"])
 
-    # front hair: gloss on the lit side, strands, curls
+    # Front hair, shaded with gloss on the lit side, strands and curls.
     gloss = np.maximum(_parabola(d_cap + 0.16, 0.11), 0) * (np.clip(u * g.lx + 0.35, 0, 1) * 0.8)
     gloss += _ripple((u + g.open_x) * (7 - v * 2) + v) * 0.22 + curls * 3.2
     gloss += u * (g.lx * 0.35) - v * 0.12 + 0.22

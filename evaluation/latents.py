@@ -19,10 +19,10 @@ from utils.device import pick_device, pick_precision
 from utils.images import to_float, to_uint8
 
 # Limits of verdict()
-MIN_RELATIVE_STD = 0.1  # std of a channel / largest std of all channels
-MAX_KURTOSIS = 10.0  # of a channel
-MIN_PSNR = 24.0  # of reconstructions, in dB
-MAX_STD_RATIO = 4.0  # largest / smallest std of all channels
+MIN_RELATIVE_STD = 0.1  # std of a channel / largest channel std
+MAX_KURTOSIS = 10.0  # excess kurtosis of a channel
+MIN_PSNR = 24.0  # PSNR of reconstructions in dB
+MAX_STD_RATIO = 4.0  # largest channel std / smallest channel std
 
 CHUNK = 4096  # training latents that nearest_latents() compares at a time
 

@@ -84,12 +84,12 @@ class LPIPS(nn.Module):
         # One head per layer: a 1x1 convolution of LPIPS, or a sum over channels.
         self.heads = self.metric.lins if official else [lambda d: d.sum(dim=1, keepdim=True)] * self.metric.L
         backbone = self.metric.net
-        # Layer i is features.i in torchvision and slice<k>.i in the package.
+        # Layer i is named features.i in torchvision, and slice<k>.i in the lpips package.
         source_names = {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}
         backbone.load_state_dict({name: state[source] for name, source in source_names.items()})
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        # Same as the package's forward, except for unit_length(): the package's version has no finite gradient at zero.
+        # Same as the forward of lpips, except for unit_length(): the normalization in lpips has no finite gradient at zero.
         metric, total = self.metric, 0.0
         for features_a, features_b, head in zip(*(metric.net(metric.scaling_layer(to_rgb(x))) for x in (a, b)), self.heads):
             total = total + head((unit_length(features_a) - unit_length(features_b)).square()).mean(dim=(1, 2, 3))

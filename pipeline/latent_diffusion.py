@@ -108,7 +108,7 @@ class LatentDiffusion:
     # Sampling settings that depend on the model
 
     def spacing(self, cfg: SamplingConfig) -> str:
-        """Return the timestep spacing; "auto" is the default of the sampler and schedule."""
+        """Return the timestep spacing. "auto" selects the default for the sampler and schedule."""
         return default_spacing(cfg.sampler, self.schedule) if cfg.spacing == "auto" else cfg.spacing
 
     def timesteps(self, cfg: SamplingConfig, strength: float = 1.0) -> list[int]:
@@ -236,7 +236,7 @@ class LatentDiffusion:
 
 
 def _make_forward(net: UNet, cuda_graphs: bool) -> Forward:
-    """Return forward(z_t, t, *cond) for net(z_t, t, cond), because GraphedForward takes tensors, not tuples."""
+    """Return a function forward(z_t, t, *cond) that calls net(z_t, t, cond). GraphedForward takes tensors, not tuples."""
 
     def forward(z_t: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         return net(z_t, t, cond)

@@ -33,6 +33,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, n: int) -> None:
-        """Update the averages with decay min(decay, (1+n)/(10+n))."""
+        """Update the averages with decay min(decay, (1+n)/(10+n)), where n is the number of previous updates."""
         decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(self._ema_params, self._params, 1 - decay)

@@ -239,7 +239,7 @@ class Trainer:
         self._metrics.watch_finite(check_finite.detach(), self.steps_done, timesteps)
 
     def backward_discriminator(self, loss: Tensor, **metrics: Tensor) -> None:
-        """Backpropagate the discriminator's loss (B,), scaled like that of backward()."""
+        """Backpropagate the discriminator's loss (B,): this micro-batch's part of the mean over the whole batch."""
         self._backward(loss, metrics)
 
     def _backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
@@ -402,7 +402,7 @@ class Trainer:
             self.steps_done, self._minutes_before = int(state["step"]), float(state["minutes"])
             *hardware_key, micro_batch_that_fit = state["micro_batch_that_fit"]
         if self.cfg.micro_batch == "auto" and hardware_key == self._hardware_key():
-            # Avoids repeating the out-of-memory search and recompilation.
+            # Start with the size found before the interruption: no new out-of-memory errors and recompilations.
             self.micro_batch = min(self.micro_batch, micro_batch_that_fit)
 
     def _hardware_key(self) -> list:

@@ -117,7 +117,8 @@ def save_tensors(path: Path, content: dict) -> None:
 def load_tensors(path: Path, remedy: str, mmap: bool = False, verify: bool = True) -> dict:
     """Read a dictionary from a .pt file without executing code in the file.
 
-    remedy: how to fix a damaged file, the last part of error messages. verify: check the checksum first.
+    remedy: end of error messages, which says how to fix a damaged file
+    verify: whether to verify the checksum first
     """
     try:
         if verify:

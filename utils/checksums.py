@@ -92,7 +92,7 @@ def _digest_without(file: BinaryIO, position: int) -> bytes:
     """Return the digest of all bytes of a file except the checksum at `position`."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(BUFFER_SIZE))
     size = file.seek(0, os.SEEK_END)
-    # Read and not memory-mapped, because a disk error in mapped memory would kill the process (SIGBUS).
+    # The file is read instead of memory-mapped: a disk error in mapped memory would kill the process (SIGBUS).
     for start, stop in ((0, position), (position + len(UNSET), size)):
         file.seek(start)
         while start < stop and (n := file.readinto(buffer[: stop - start])):
