@@ -40,7 +40,7 @@ from utils.locks import locked
 
 MIN_TRAIN_IMAGES = 8
 MAX_DAMAGED_FRACTION = 0.01  # a larger fraction of unreadable images is an error
-ABORT_AFTER_DAMAGED = 100  # minimum number of unreadable images for which decoding stops early
+ABORT_AFTER_DAMAGED = 100  # decoding stops early only if more images than this are unreadable
 BLOCK_SIZE = 64  # images per block; a block is decoded by one thread and has one checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)  # blocks that are decoded ahead of the one being written
 
@@ -63,7 +63,7 @@ class DatasetIndex:
         return math.prod(self.image_shape)
 
     def describe(self) -> list[str]:
-        """Return lines of the plan: numbers of files, of images per split, of labels and of captions."""
+        """Return lines for train_vae.py to print: the numbers of files, of images per split, of labels and of captions."""
         source, num_unused = self.source, len(self.split) - len(self.selected)
         unused = f"; {num_unused:,} images not used (data.max_train_images)" if num_unused else ""
         test = f", {self.num_images(TEST):,} for testing" if self.num_images(TEST) else ""

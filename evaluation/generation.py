@@ -227,8 +227,8 @@ class Memorization:
     """Feature distances of generated images to their nearest training images."""
 
     nearest: list[tuple[int, list[int]]]  # indices (generated image, its nearest training images), sorted by distance
-    median: float  # distance from a generated image to its nearest training image
-    val_median: float  # the same for reconstructed validation images
+    median: float  # median distance from a generated image to its nearest training image
+    val_median: float  # median distance from a reconstructed validation image to its nearest training image
     near: float  # fraction of generated images that are "near", see NEAR_QUANTILE
 
     @classmethod

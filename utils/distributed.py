@@ -34,7 +34,7 @@ TIMEOUT = datetime.timedelta(hours=2)  # long enough for other ranks to wait whi
 BARRIER_TIMEOUT = datetime.timedelta(days=7)  # long enough to wait while rank 0 downloads and decodes a dataset
 HEARTBEAT_TIMEOUT = datetime.timedelta(minutes=5)  # a node without power or network closes no connection
 HEARTBEAT_SECONDS = 5
-GRACE_SECONDS = 20  # after a rank was lost, for writing a file and for the error of the main thread's own collective
+GRACE_SECONDS = 20  # after a rank is lost, time for the main thread to finish a file or to report its own error
 SHARED_SECONDS = 15  # delay with which a network file system may show a new file on other nodes
 
 _barrier_group = None
