@@ -4,8 +4,9 @@ evaluation.task=
   generation       generated images compared with training images: Fréchet distance, KID, precision, recall, nearest
                    training images; the same metrics for validation images and their reconstructions
   condition        images generated from the captions or labels of validation images, compared with these images and with
-                   others: distance in features, retrieval rank, effect of the guidance scale
-  reconstruction   VAE on validation images: PSNR, SSIM, perceptual distance of vae.perceptual, Fréchet distance
+                   others: feature distance, retrieval rank, effect of the guidance scale
+  reconstruction   VAE on validation images: PSNR, SSIM, the perceptual distance set by vae.perceptual, Fréchet
+                   distance
   latents          statistics per latent channel, best possible PSNR, effect of clamping, rFID and iFID (explained in
                    docs/evaluation.md); verdict whether a U-Net can be trained on these latents (GO or NO-GO)
   loss             denoising error per bin of log(alpha/sigma), relative to the optimal denoiser for N(0, 1); can be

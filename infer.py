@@ -163,7 +163,7 @@ def is_of_another_run(path: Path, config: Config, model: LatentDiffusion) -> boo
             old_model = image.text["unet_fingerprint"], image.text["spacing"]
             return old_settings != settings or old_model != (model.checkpoint.fingerprint, model.spacing(config.sampling))
     except FileNotFoundError:
-        return path.with_suffix("").exists()  # a folder of single images without a grid
+        return path.with_suffix("").exists()  # there is no grid, but maybe a folder of single images
     except Exception:  # a damaged PNG or one without our metadata can raise many error types
         return True  # unknown origin: do not overwrite the file
 

@@ -153,7 +153,7 @@ SECOND_ORDER = ("heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 
 
 def ddim_mean(z_t: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int, noise_std: float) -> Tensor:
-    """Mean of z_s given z_t and z0: alpha_s z0 + sqrt(sigma_s² - noise_std²) eps(z_t, z0) (DDIM eq. 12)."""
+    """Mean of z_s given z_t and z0: alpha_s · z0 + sqrt(sigma_s² - noise_std²) · eps (DDIM eq. 12)."""
     if s < 0:
         return z0  # the last step ends exactly at the clean estimate
     alpha_t, sigma_t = float(schedule.alpha(t)), float(schedule.sigma(t))
@@ -163,7 +163,7 @@ def ddim_mean(z_t: Tensor, z0: Tensor, schedule: Schedule, t: int, s: int, noise
 
 
 def beta_std(schedule: Schedule, t: int, s: int) -> float:
-    """Std sigma_{t|s} of q(z_t | z_s): sqrt(sigma_t² - (alpha_t/alpha_s)² sigma_s²). It is sqrt(beta_t) for s = t-1."""
+    """Std of q(z_t | z_s): sigma²_{t|s} = sigma_t² - (alpha_t/alpha_s)² · sigma_s². For s = t-1 this is sqrt(beta_t)."""
     ratio = float(schedule.alpha(t) / schedule.alpha(s))
     return max(float(schedule.sigma(t)) ** 2 - (ratio * float(schedule.sigma(s))) ** 2, 0.0) ** 0.5
 

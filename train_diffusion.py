@@ -73,7 +73,8 @@ def train(config: Config, dry_run: bool) -> None:
 
     lock_folder(folder)
     normalizer = encodings.normalizer.to(device)
-    # Image i is row i, and its mirror image, if data.flip is on, is row n + i. An epoch contains both.
+    # Rows 0 … n-1 are the training images. If data.flip is on, row n + i is the mirror image of row i, and an epoch contains
+    # all 2n rows.
     loader = BatchLoader([x for x in (encodings.mean, encodings.mean_flipped) if x is not None], device)
     shuffle = Shuffle(sum(map(len, loader.parts)), config.seed)
     print(f"latents: {loader}")

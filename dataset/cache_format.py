@@ -54,7 +54,7 @@ def partial_dir(cache_dir: Path) -> Path:
 
 @dataclass
 class Block:
-    """Consecutive images that were decoded together, as described by a line of the journal."""
+    """Consecutive images that were decoded together. The journal has one line per block."""
 
     num_images: int  # number of readable images, which pixels.u8 holds
     damaged: list[tuple[int, str]]  # unreadable images: (index in the source, error message)
@@ -120,7 +120,7 @@ def open_cache(cache_dir: Path) -> Images:
         path, blocks = cache_dir / PIXELS, [Block(n, [], digest) for n, digest in checksums[PIXELS]]
         if path.stat().st_size != math.prod(shape) or sum(block.num_images for block in blocks) != meta["count"]:
             raise ValueError(f"{PIXELS} has the wrong size")
-        # Mode "c" (copy on write): torch warns when it wraps read-only memory.
+        # Copy on write (mode "c") instead of read-only, because torch warns about read-only arrays.
         pixels = np.memmap(path, dtype=np.uint8, mode="c", shape=shape)
     except Exception as error:  # damaged files cause many exception types
         raise _damaged(cache_dir, error) from None

@@ -56,7 +56,7 @@ def _read_list(files: Files, stem: str, lists: CelebALists) -> dict[str, list] |
 
 
 def _candidates(files: Files, stem: str):
-    """Yield (path, content) of each file with this name: first those in data.path, then in its two parent folders."""
+    """Yield (path, content) of each .txt or .csv file named `stem`, first in data.path, then in the two folders above it."""
     for name in files.file_stats:
         if PurePosixPath(name).stem == stem and PurePosixPath(name).suffix in SUFFIXES:
             yield name, files.read_text(name)

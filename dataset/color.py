@@ -35,9 +35,10 @@ def stored_range(image: Image.Image) -> tuple[float, float] | None:
 def to_8_bit_srgb(image: Image.Image, value_range: Sequence[float] | None) -> Image.Image:
     """Convert an image to 8 bits per channel and to sRGB. Transparency is preserved.
 
-    A color profile that is damaged or made for another color space than that of the image is ignored.
+    A color profile is ignored if it is damaged or does not match the image's color space.
 
-    value_range: data.value_range, the values of black and white in gray images of more than 8 bits; None: by file format
+    value_range: data.value_range, the values of black and white in gray images of more than 8 bits; None: as defined by the
+                 file format
     """
     if image.mode.startswith("I") or image.mode == "F":
         image = scale_to_8_bit(image, value_range)

@@ -63,7 +63,7 @@ class DatasetIndex:
         return math.prod(self.image_shape)
 
     def describe(self) -> list[str]:
-        """Return lines of the plan: numbers of files, of images per split, of labels and of captions."""
+        """Return lines for train_vae.py to print: the numbers of files, of images per split, of labels and of captions."""
         source, num_unused = self.source, len(self.split) - len(self.selected)
         unused = f"; {num_unused:,} images not used (data.max_train_images)" if num_unused else ""
         test = f", {self.num_images(TEST):,} for testing" if self.num_images(TEST) else ""

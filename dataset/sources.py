@@ -35,7 +35,7 @@ class Source:
     labels: np.ndarray | None = None  # (N, K) int64
     label_names: dict[str, list[str]] = field(default_factory=dict)  # K labels, each with the names of its values
     captions: list[list[str]] | None = None  # at least one per image
-    account: str = ""  # line that stage 1 prints: numbers of files found, used and skipped; "": no line
+    account: str = ""  # line with the numbers of files found, used and skipped, which train_vae.py prints; "": none
 
 
 def _source_from_files(files: Files, names: list[str], cfg: DataConfig) -> Source:

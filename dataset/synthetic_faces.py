@@ -91,7 +91,7 @@ class _HashRandom:
         return (self.uniform(name)[:, None] >= edges).sum(1)
 
     def bernoulli(self, name, p):
-        """Return (B,) int64, 1 with probability p, which is a scalar or (B,)."""
+        """Return (B,) int64: 1 with probability p, else 0. p is a scalar or (B,)."""
         return (self.uniform(name) < p).astype(np.int64)
 
 
@@ -160,7 +160,7 @@ def _caption(row):
     article = "an" if person[0] == "o" else "a"
     caption = (f"{article} {person} with {', '.join(has[:-1])} and {has[-1]}, wearing {' and '.join(wears)}, "
                f"on a {value['background']} background")
-    return caption.replace("gray", "grey")                       # keep the vocabulary of models trained with "grey"
+    return caption.replace("gray", "grey")                       # existing models were trained on captions with "grey"
 
 
 # ---------------------------------------------------------------- geometry and colors
@@ -215,8 +215,8 @@ def _appearance(seed, indices):
     g["gap"] = np.where(is_open, np.where(smile, rnd("gap", .085, .11), rnd("gap", .085, .10)), 0)
     g["teeth"] = np.where(is_open & smile, .048, 0)
     g["lips"] = rnd("lips", .030, .040) * np.where(male, .75, 1.1)
-    # hair: cap, curtain and blob are explained in _draw. A y of -2 or -3 moves a part out of the image, which removes it;
-    # cap_cut = 2 keeps the whole cap.
+    # hair: cap, curtain and blob are explained in _draw. cap_cut, curtain, blob_y and fringe_y are heights (v). At -2 or -3,
+    # above the image, they remove their part. cap_cut = 2, below the image, keeps the whole cap.
     g["cap_w"] = g["face_w"] + by([-.02, .025, .03, .13, .075, .06, .015, .025], style) + rnd("cap_w", 0, .03) * (style > 0)
     g["cap_h"] = by([.40, .56, .57, .62, .60, .59, .555, .57], style) + rnd("cap_h", 0, .04)
     g["cap_h"] += rnd("afro", 0, .08) * (style == 3)
@@ -345,7 +345,11 @@ def _rgb(*rgb):
 
 
 def _paint(canvas, scratch, alpha, dark, light=None, shade=None):
-    """Blend a color (3, B, 1) into canvas (3, B, P) with opacity alpha (B, P); shade (B, P) runs from dark to light."""
+    """Blend a color into canvas (3, B, P) with opacity alpha (B, P). `scratch` is a buffer of at least the canvas's shape.
+
+    The color is `dark` (3, B, 1). If `light` (3, B, 1) is given, the color goes from dark at shade 0 to light at shade 1;
+    `shade` is (B, P).
+    """
     t = scratch[:, :canvas.shape[1], :canvas.shape[2]]
     if light is None:
         np.subtract(dark, canvas, out=t)
@@ -362,7 +366,7 @@ def _draw(g, c, size, canvas, scratch):
     g = _AttributeDict(g)
     axis = (np.arange(size, dtype=np.float32) * 2 + 1) / np.float32(size) - 1
     X, Y = np.tile(axis, size)[None], np.repeat(axis, size)[None]                  # (1, P)
-    sharp = g.zoom * np.float32(size / 2)                                          # (B, 1) pixels per head unit
+    sharp = g.zoom * np.float32(size / 2)                                          # (B, 1): pixels per unit of u and v
     everywhere = slice(None)
 
     def rows(top, bottom):
@@ -382,9 +386,9 @@ def _draw(g, c, size, canvas, scratch):
     au, u2 = np.abs(u), u * u
     fu = u + (u2 * 1.2 - 1) * g.turn
 
-    # Hair silhouette: d_hair is the signed distance to the union of three shapes.
-    # - cap: the part of an ellipse around the skull above v = cap_cut - 0.4 · u^2; spikes and curls displace its outline
-    # - curtain (bob, long): |u| < curtain_w + flare · v, between v = -0.05 and the lower curve v = curtain - 0.5 · u^2
+    # Hair silhouette, the union of three shapes as a signed distance:
+    # - cap: an ellipse around the skull above the curve v = cap_cut - 0.4 * u^2; spikes and curls displace its outline
+    # - curtain (bob, long): |u| < curtain_w + flare * v, between v = -0.05 and the lower curve v = curtain - 0.5 * u^2
     # - blob: an ellipse at (blob_x, blob_y) and its mirror image at -blob_x (pigtails), or one at u = 0 (bun)
     # A hat removes all hair above hat_y. The face is painted over the silhouette.
     cap_v, curls = v + 0.05, np.float32(0)
@@ -411,16 +415,16 @@ def _draw(g, c, size, canvas, scratch):
     fringe = v - g.fringe_y - u * g.fringe_slope - _ripple(u * 6) * 0.03
     front = np.maximum(d_hair, np.minimum(-opening, fringe))
 
-    # Head silhouette: un^2 + vn^2 - square · un^2 · vn^2 = 1, an ellipse that `square` deforms toward a rectangle. `jaw`
-    # makes the head narrower below v = 0.05.
+    # Head silhouette: un^2 + vn^2 - square * un^2 * vn^2 = 1, where un and vn are u and v divided by the half-axes of
+    # an ellipse. `square` deforms the ellipse toward a rectangle. `jaw` makes the head narrower below v = 0.05.
     low = np.maximum(v - 0.05, 0)
     un, vn = u * (low * low * (g.jaw * 3) + 1) * (1 / g.face_w), (v - 0.04) * (1 / 0.56)
     un2, vn2 = un * un, vn * vn
     d_face = un2 + vn2 - np.minimum(un2, 1) * np.minimum(vn2, 1) * g.square
     d_face = (np.sqrt(np.maximum(d_face, 0, out=d_face), out=d_face) - 1) * g.face_w
 
-    # Clothes: the area below the shoulder curve. Neck: the parts of the clothes and of a vertical strip that are above
-    # the neckline, painted in skin color.
+    # Clothes: the area below the shoulder curve. Neck: the union of this area and a vertical strip, cut off
+    # at the neckline and painted in skin color.
     s = rows(.30, 1)
     bx, by = np.abs(x[:, s]), y[:, s]
     b2 = bx * bx
@@ -444,7 +448,7 @@ def _draw(g, c, size, canvas, scratch):
     paint(_cover(_ellipse(eu, ev, 0.075, 0.115), sharp), s, c["skin"] * 0.6 + c["skin_dark"] * 0.4)
     paint(_glow(eu - 0.02, ev, 0.05, 0.09), s, c["skin_dark"])
 
-    # face; shade 0 is skin_dark, 1 is skin
+    # face: shade 0 gives the color skin_dark, shade 1 the color skin
     s = rows(-.75, .85)
     U, V, AU = fu[:, s], v[:, s], np.abs(fu[:, s])
     shade = 0.98 - (un2[:, s] + vn2[:, s]) * 0.26 + un[:, s] * (g.lx * 0.34) - vn[:, s] * 0.10
@@ -484,9 +488,10 @@ def _draw(g, c, size, canvas, scratch):
         moustache = np.abs(V - (g.nose_y + g.mouth_y) * 0.5 - 0.005 - U * U * 2) - _parabola(U, 0.17) * 0.045
         paint(_cover(moustache, sharp) * g.moustache, s, c["brow"])
 
-    # Mouth. The lips meet on the curve V = mouth_y + (parabola - 0.5) * bend. In a smile, the curve is lowest in the middle.
-    # Lips, gap and teeth are bands around this curve. `line`: distance below the curve. `wide`: relative thickness of the
-    # bands, 1 in the middle and 0 at the corners of the mouth. `ends`: positive beyond the corners, where the bands end.
+    # Mouth. The lips meet on the curve V = mouth_y + (parabola - 0.5) * bend. In a smile, the middle of this curve is lower
+    # than its ends. Lips, gap and teeth are bands around the curve. `line` is the distance below the curve. `wide` scales
+    # the thickness of the bands: 1 in the middle of the mouth, 0 at its corners. `ends` is positive beyond the corners,
+    # where it cuts the bands off.
     s = rows(.15, .70)
     U, V = fu[:, s], v[:, s]
     parabola = _parabola(U, g.mouth_w)

@@ -56,14 +56,14 @@ class Bin(NamedTuple):
     first_t: int
     last_t: int
     error: float  # mean squared error of z0_hat
-    relative_error: float  # mean of error / expected error of the optimal denoiser for latents z ~ N(0, 1)
+    relative_error: float  # mean of (squared error / expected squared error of the optimal denoiser for z ~ N(0, 1))
 
 
 @torch.no_grad()
 def denoising_error(model: LatentDiffusion, z: Tensor, cond: Cond, batch_size: int) -> list[Bin]:
     """Measure the denoising error of normalized latents z (N, C, h, w), without guidance and with fixed noise.
 
-    The optimal denoiser for z ~ N(0, 1) is alpha/(alpha² + sigma²) z_t. Its expected squared error is
+    The optimal denoiser for z ~ N(0, 1) is alpha/(alpha² + sigma²) · z_t. Its expected squared error is
     sigma²/(alpha² + sigma²). Bins that the schedule does not cover completely are left out.
     """
     schedule, generator, bins = model.schedule, torch.Generator().manual_seed(0), []

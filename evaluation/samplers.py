@@ -100,7 +100,7 @@ class SamplerMetrics:
     ode_distance: float | None  # RMS distance to the ODE solution; None for samplers that add noise
     std_ratio: float  # std of generated latents / std of training latents
     distance: float  # sliced Wasserstein distance to validation latents
-    seconds: float  # for all images
+    seconds: float  # time to sample all images
     spacing: str = ""
 
     def cells(self) -> list[str]:

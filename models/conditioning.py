@@ -27,7 +27,7 @@ class Condition:
 
 
 class Conditioner(nn.Module):
-    """Base class: forward(*cond) -> Condition."""
+    """Base class. forward(*cond) takes the tensors of a condition and returns their embeddings, a `Condition`."""
 
     token_dim: int | None = None  # channels of a token; None: this conditioner returns no tokens
     trains_null_condition = False  # True if `drop` sometimes returns the null condition even with prob=0

@@ -58,7 +58,10 @@ def _sample_size(size: int | Sequence[int]) -> int | list[int]:
 
 
 def _head_dim(settings: dict, has_attention: list[bool]) -> int | None:
-    """Channels per attention head, one number for all levels as diffusers requires; None: one head in every layer."""
+    """Return the channels per attention head; None: every layer has one head, and the heads differ in size.
+
+    diffusers takes a single number for all levels. Raises ValueError if the network does not fit.
+    """
     channels, head_channels = settings["channels"], settings["head_channels"]
     attended = [ch for ch, attn in zip(channels, has_attention) if attn] + [channels[-1]]
     heads = [num_heads(ch, head_channels) for ch in attended]

@@ -41,9 +41,10 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the losses' gradient norms at the decoder's last layer, reconstruction / adversarial (eq. 7).
+    """Return the adaptive weight of the adversarial loss (Esser et al. 2021, eq. 7).
 
-    The result is detached. The autograd graphs of the losses are retained.
+    It is the gradient norm of the reconstruction loss divided by the gradient norm of the adversarial loss, both taken at
+    the decoder's last layer. The result is detached. The autograd graphs of the losses are retained.
     """
     reconstruction_norm, adversarial_norm = (
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()

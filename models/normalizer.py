@@ -14,15 +14,18 @@ ROWS_AT_A_TIME = 4096  # latents that are read at a time to compute moments
 
 @dataclass
 class Normalizer:
-    """z = (latent - shift) · scale, and statistics of z over the training set. All fields are float32 (C,)."""
+    """Shift and scale that map latents to z = (latent - shift) · scale, and statistics of z over the training set.
+
+    All fields are float32 (C,).
+    """
 
     shift: Tensor
     scale: Tensor
     mean: Tensor
     std: Tensor
-    kurtosis: Tensor  # excess: 0 for a Gaussian
-    low: Tensor  # low and high: RANGE_QUANTILES of z
-    high: Tensor
+    kurtosis: Tensor  # excess kurtosis: 0 for a Gaussian
+    low: Tensor  # quantile RANGE_QUANTILES[0] of z
+    high: Tensor  # quantile RANGE_QUANTILES[1] of z
 
     @classmethod
     def measure(cls, latents: Tensor, kind: str) -> "Normalizer":
@@ -105,7 +108,7 @@ def _moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantiles(latents: Tensor, channel: int) -> Tensor:
-    """Quantiles (2,) float64 of a channel of latents (N, C, h, w) at RANGE_QUANTILES, from every `stride`-th value."""
+    """Estimate the two RANGE_QUANTILES of a channel of latents (N, C, h, w) from a subset of its values. (2,) float64."""
     n, _, height, width = latents.shape
     stride = n * height * width // MAX_QUANTILE_VALUES | 1  # odd, because an even stride would skip whole columns of latents
     index = torch.arange(0, n * height * width, stride)

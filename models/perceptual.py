@@ -42,7 +42,7 @@ def make_perceptual(net: str, weights: Path) -> nn.Module:
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         distance = VGG19Distance(state) if net == "vgg19" else LPIPS(net, state, official=_is_torchvision_file(weights))
-    except Exception as error:  # truncated file, pickle with code, another network
+    except Exception as error:  # e.g. the file is truncated, contains code, or belongs to another network
         raise ValueError(f"{weights} does not hold the weights of {net}: {error!r:.160}") from None
     return distance.eval().requires_grad_(False)
 

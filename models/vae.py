@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from models.layers import Attention, Downsample, ResBlock, Upsample, checkpointed, group_norm, num_norm_groups
 
-MAX_PIXELS_PER_CHUNK = 2**20  # per pass without gradients; equals 4 images of 512x512 or 256 of 64x64
+MAX_PIXELS_PER_CHUNK = 2**20  # pixels processed at once without gradients: 4 images of 512x512, or 256 of 64x64
 
 
 @dataclass

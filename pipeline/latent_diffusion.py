@@ -167,7 +167,7 @@ class LatentDiffusion:
 
         cond      conditions, one per row of the grid: image i has row i // cfg.cols, modulo the number of conditions
         init      image and mask of image-to-image or inpainting; None: start from noise
-        progress  progress bar, advanced by 1 per image and network evaluation; None: create one
+        progress  progress bar, whose unit is one network evaluation of one image; None: create one
         """
         samples, threshold = Samples(Moments(self.latent_shape[0])), self.threshold(cfg.x0_clamp)
         strength = init.strength if init else 1.0

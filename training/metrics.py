@@ -54,6 +54,9 @@ class MetricAverager:
         self._nonfinite = torch.where(is_first, torch.stack([torch.full_like(timestep, step), timestep]), self._nonfinite)
 
     def first_nonfinite(self) -> tuple[int, int]:
-        """(step, timestep) of the first non-finite value; -1 if there is none. Syncs with the device."""
+        """Return (step, timestep) of the first non-finite value, or (-1, -1) if there is none. Syncs with the device.
+
+        The timestep is -1 if watch_finite() was called without timesteps.
+        """
         step, timestep = self._nonfinite.tolist()
         return step, timestep

@@ -24,7 +24,7 @@ MAY_CHANGE_ON_RESUME = (
     "name",
     "retrain",
     "weights",  # path of the perceptual network's weights
-    "model",  # path of the text encoder; the fingerprint of its weights is compared instead
+    "model",  # path of the text encoder, whose weights are compared by fingerprint
 )
 
 

@@ -26,7 +26,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-# Weights files contain tensors and JSON metadata. Its "settings" are the constructor arguments of the network.
+# A weights file contains tensors and JSON metadata. metadata["settings"] holds the constructor arguments of the network.
 
 REQUIRED_METADATA = {
     "vae": {"settings", "image_shape", "data_fingerprint", "step", "steps", "complete"},

@@ -76,7 +76,7 @@ def _position(file: BinaryIO) -> int:
     if start[:2] == b"PK":
         position = size - len(UNSET)
         file.seek(max(0, position - 22))
-        end = file.read(22)  # end-of-central-directory record of the zip archive, which precedes the comment
+        end = file.read(22)  # the zip archive's end-of-central-directory record, just before the archive comment
         if end[:4] == b"PK\5\6" and end[20:] == len(UNSET).to_bytes(2, "little"):
             return position
     elif (length := int.from_bytes(start, "little")) < size:

@@ -77,7 +77,7 @@ def compile_networks(setting: str | bool, device: torch.device, *networks: nn.Mo
 
 @functools.cache
 def missing_compiler(device: torch.device) -> str | None:
-    """Return the error of torch.compile, e.g. because a C++ compiler or Triton is missing, or None if it works."""
+    """Return None if torch.compile works, else its error message (e.g. a C++ compiler or Triton is missing)."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # compilers raise many exception types

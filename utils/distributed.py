@@ -34,8 +34,7 @@ TIMEOUT = datetime.timedelta(hours=2)  # long enough for other ranks to wait whi
 BARRIER_TIMEOUT = datetime.timedelta(days=7)  # long enough to wait while rank 0 downloads and decodes a dataset
 HEARTBEAT_TIMEOUT = datetime.timedelta(minutes=5)  # detects a node that lost power or network: its connections stay open
 HEARTBEAT_SECONDS = 5
-# After a rank is lost, wait before ending this process: the main thread may finish a file or report the failed collective.
-GRACE_SECONDS = 20
+GRACE_SECONDS = 20  # after a rank is lost, time for the main thread to finish a file or to report its own error
 SHARED_SECONDS = 15  # delay with which a network file system may show a new file on other nodes
 
 _barrier_group = None

@@ -1,4 +1,4 @@
-"""File locks (flock). The kernel releases them when a process ends, even if it is killed. Linux and macOS."""
+"""File locks (flock) for Linux and macOS. The kernel releases them when the process ends, even if the process is killed."""
 
 import contextlib
 import fcntl

@@ -16,7 +16,8 @@ from utils.errors import UserError
 from utils.files import first_line
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-# kind -> our network, its diffusers class, converters of the config and of module names, its subfolders in pipelines
+# kind -> (our class, name of the diffusers class, function that converts the diffusers config to our settings, function
+# that maps our module names to those of diffusers, possible subfolders of this network in a diffusers pipeline)
 FORMATS = {
     "vae": (VAE, "AutoencoderKL", vae_settings, vae_modules, ("vae", "vqvae")),
     "unet": (UNet, "UNet2DModel", unet_settings, unet_modules, ("unet",)),
