@@ -8,7 +8,7 @@ import numpy as np
 
 from dataset.files import Files
 from utils.errors import UserError
-from utils.files import first_line
+from utils.files import first_line, listed
 
 PARTITION, ATTRIBUTES = "list_eval_partition", "list_attr_celeba"
 SUFFIXES = (".txt", ".csv")
@@ -71,5 +71,5 @@ def _rows_of(names: list[str], table: dict[str, list], length: int, stem: str) -
     rows = [table.get(Path(n).name, table.get(Path(n).with_suffix(".jpg").name, ())) for n in names]
     missing = [name for name, row in zip(names, rows) if len(row) != length]
     if missing:
-        raise UserError(f"{stem} has no complete line for {missing[0]} and {len(missing) - 1} others")
+        raise UserError(f"{stem} has no complete line for {listed(missing)}")
     return rows

@@ -35,7 +35,7 @@ from dataset.sources import SOURCES, Source
 from utils import distributed
 from utils.checksums import checksum
 from utils.errors import UserError
-from utils.files import make_dir, remove_leftovers, require_space
+from utils.files import listed, make_dir, remove_leftovers, require_space
 from utils.locks import locked
 
 MIN_TRAIN_IMAGES = 8
@@ -71,14 +71,14 @@ class DatasetIndex:
         lines.append(f"images: {self.num_images(TRAIN):,} for training, {self.num_images(VAL):,} for validation{test}")
         if source.label_names:
             names = [f"{name} ({len(values)})" for name, values in source.label_names.items()]
-            lines.append(f"labels: {', '.join(names[:5])}" + (f" and {len(names) - 5} others" if len(names) > 5 else ""))
+            lines.append(f"labels: {listed(names, 5)}")
             used = self.selected[self.split[self.selected] != TEST]
             num_null = (source.labels[used] == [len(values) for values in source.label_names.values()]).sum(axis=0)
             missing = [f"{n:,} without {name}" for n, name in zip(num_null, source.label_names) if n]
             if missing:
                 lines.append(f"images with the null label: {', '.join(missing)}, of {len(used):,}")
         if source.captions is not None:
-            lines.append(f"captions: {sum(map(len, source.captions)):,}")
+            lines.append(f"captions: {sum(len(source.captions[i]) for i in self.selected):,}")
         return lines
 
     def load(self) -> Images:

@@ -15,7 +15,7 @@ from config import DataConfig
 from dataset import SPLITS
 from dataset.files import Files
 from utils.errors import UserError
-from utils.files import printable
+from utils.files import listed, printable
 
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "captions.jsonl")
 CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")  # a row uses the first that is not empty
@@ -121,9 +121,8 @@ def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: 
 
 def reject_missing(missing: list[str], name: str, what: str) -> None:
     if missing:
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UserError(
-            f"data.path: {name} has {what} for files that do not exist or are not images: {missing[0]}{others}; add the "
+            f"data.path: {name} has {what} for files that do not exist or are not images: {listed(missing)}; add the "
             f"images or remove their {what}"
         )
 

@@ -20,7 +20,7 @@ from dataset.huggingface import read_dataset
 from dataset.layout import describe_left_out, read_layout
 from dataset.metadata import TABLE_NAMES, Metadata, label_columns
 from utils.errors import UserError
-from utils.files import first_line
+from utils.files import first_line, listed
 from utils.images import MODES
 
 
@@ -98,9 +98,8 @@ def _note_unread_files(files: Files) -> None:
     names = dict.fromkeys(f"X{Path(n).suffix} next to X" if str(Path(n).with_suffix("")) in stems else n for n in unread)
     names = [n for n in names if not re.match("(readme|licen[sc]e)", Path(n).name.lower())]
     if names:
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
         known = ", ".join([*TABLE_NAMES, *(f"X{suffix}" for suffix in TEXT_SUFFIXES)])
-        print(f"note: these files are not read: {shown}; captions and labels are read only from {known}")
+        print(f"note: these files are not read: {listed(names, 5)}; captions and labels are read only from {known}")
 
 
 def coco(cfg: DataConfig, seed: int) -> Source:

@@ -14,6 +14,9 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from training import trainer
+from training.logger import plot_curves
+
 TINY = """
 name: tiny
 device: cpu
@@ -48,6 +51,14 @@ class Experiment:
             assert self.run(stage, *overrides) == 0, stage
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Do not plot curves, except in `trained`: a plot takes longer than these tiny trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "plot_curves", lambda folder: None)
+        yield
+
+
 @pytest.fixture
 def experiment(tmp_path) -> Experiment:
     return Experiment(tmp_path)
@@ -57,7 +68,9 @@ def experiment(tmp_path) -> Experiment:
 def trained(tmp_path_factory) -> Experiment:
     """An experiment after the first three stages. Tests must not change its files."""
     experiment = Experiment(tmp_path_factory.mktemp("trained"))
-    experiment.train_all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "plot_curves", plot_curves)
+        experiment.train_all()
     return experiment
 
 

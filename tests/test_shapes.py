@@ -25,7 +25,6 @@ from models.perceptual import find_weights, make_perceptual, to_rgb
 from models.unet import UNet
 from models.vae import VAE
 from sampling import image_generators
-from training import trainer
 from training.logger import Logger
 from utils.images import image_grid, over_white, save_gif, to_float
 from utils.settings import load_config
@@ -89,14 +88,6 @@ class Shaped(Experiment):
     def argv(self, *overrides: str) -> list[str]:
         data = ("data.source=folder", f"data.path={self.folder}/images", "data.val_fraction=0.25")
         return super().argv(*data, *self.settings, *overrides)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves():
-    """Plots take longer than these tiny trainings, and do not depend on the images."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot_curves", lambda folder: None)
-        yield
 
 
 @pytest.fixture(scope="module")

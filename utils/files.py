@@ -10,7 +10,7 @@ import shutil
 import unicodedata
 from itertools import count
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from utils.errors import UserError
 
@@ -108,6 +108,12 @@ def printable(name: str) -> str:
     """Return a file name as one line of valid UTF-8, in which invalid bytes and control characters are escaped."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+
+
+def listed(names: Sequence[str], at_most: int = 1) -> str:
+    """Return "a, b and 3 others" for five names if at_most = 2."""
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest:,} other{'s' * (rest > 1)}" if rest > 0 else "")
 
 
 def first_line(error: Exception) -> str:
