@@ -31,8 +31,8 @@ from utils.files import require_space
 
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 CHECK_STEPS, CHECK_IMAGES = 50, 2  # sampling steps and images in check()
-# Largest allowed difference between the exported model and this one: of latents (std 1) after CHECK_STEPS steps, and of
-# pixels in [-1, 1].
+# Largest allowed difference between the outputs of the exported and the original model: latents (std 1) after CHECK_STEPS
+# steps, and pixels in [-1, 1].
 TOLERANCE = 1e-3
 
 

@@ -220,7 +220,7 @@ def guided(
     For a given z_t, the clean estimate is linear in eps and in v. So guiding z0_hat is the same as guiding eps or v.
 
     denoise_cond  (z_t, t) -> conditional z0_hat, used where guidance is off
-    denoise_both  (z_t, t) -> pair of conditional and unconditional z0_hat, for example from one batch of both
+    denoise_both  (z_t, t) -> (conditional z0_hat, unconditional z0_hat), for example from one pass on a doubled batch
     scale         1 is off, 0 is unconditional
     interval      guide only while sigma/alpha is in this range (Kynkäänniemi et al. 2024)
     rescale       0: keep the guided estimate; 1: scale it per image to the std of the conditional estimate; values between

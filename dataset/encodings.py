@@ -69,7 +69,7 @@ class LatentDataset:
     """Latents of the training and validation images, with labels, captions and the fingerprints of VAE and images."""
 
     mean: Tensor  # posterior means (N, C, h, w) of the training images, float16 or bfloat16, not normalized
-    mean_flipped: Tensor | None  # (N, C, h, w) of the mirrored images; mirrored means would differ
+    mean_flipped: Tensor | None  # means of the mirrored images (N, C, h, w); they differ from mirroring `mean`
     val_mean: Tensor  # (M, C, h, w) of the validation images
     normalizer: Normalizer
     labels: Tensor | None  # (N, K) int64, K labels per image

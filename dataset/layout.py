@@ -73,7 +73,7 @@ def _read_classes(folders: Folders, train: set[str]) -> Layout:
     if len({parts[0] for parts in inside.values()}) > 1:
         layout = Layout(classes={name: unicodedata.normalize("NFC", parts[0]) for name, parts in inside.items()})
         for folder in {name for name in layout.classes.values() if name.casefold() in SPLITS}:
-            print(f"note: folder {folder}/ is read as a class and not as a split, because no other split has a folder")
+            print(f"note: folder {folder}/ is read as a class, because not all folders have names of splits")
     else:
         layout = _read_splits(inside) if stray else Layout()
     if layout.splits or layout.classes:

@@ -423,8 +423,8 @@ def _draw(g, c, size, canvas, scratch):
     d_face = un2 + vn2 - np.minimum(un2, 1) * np.minimum(vn2, 1) * g.square
     d_face = (np.sqrt(np.maximum(d_face, 0, out=d_face), out=d_face) - 1) * g.face_w
 
-    # Clothes: the area below the shoulder curve. Neck: the union of this area and a vertical strip, cut off
-    # at the neckline and painted in skin color.
+    # Clothes: the area below the shoulder curve. Neck: this area and a vertical strip, in skin color, both only above
+    # the neckline.
     s = rows(.30, 1)
     bx, by = np.abs(x[:, s]), y[:, s]
     b2 = bx * bx

@@ -59,7 +59,7 @@ class InitImage:
             return cls(pixels, None, None, cfg.strength or DEFAULT_STRENGTH)
         mask = read_image("sampling.mask", cfg.mask, (*image_shape[:2], 3)).mean(axis=2) >= 128
         if not mask.any():
-            raise UserError(f"sampling.mask: {cfg.mask} is black everywhere; mark the area to generate in white")
+            raise UserError(f"sampling.mask: {cfg.mask} is black everywhere; white marks the area to generate")
         latent_mask = F.max_pool2d(torch.from_numpy(mask)[None, None].float(), downsampling)[0, 0]
         return cls(pixels, mask, latent_mask, cfg.strength or 1.0)
 

@@ -43,9 +43,9 @@ def require_finite(moments: Moments, cfg: SamplingConfig) -> None:
 
 
 def latent_stats(moments: Moments, normalizer: Normalizer, clamped: float, out_of_range: float) -> dict:
-    """Return the ratio of generated to training std, over all values and for the worst channel; 1 is ideal.
+    """Return the statistics to report: std of generated latents / std of training latents (1 is ideal), and both arguments.
 
-    The worst channel is the one whose log ratio is farthest from 0.
+    The ratio is over all values and for the worst channel, whose log ratio is farthest from 0.
 
     clamped       fraction of clean estimates that were clamped
     out_of_range  fraction of decoded pixels outside [-1, 1]

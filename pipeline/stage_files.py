@@ -84,8 +84,8 @@ def require_no_dependents(config: Config) -> None:
             dependents.append(path)
     if dependents:
         raise UserError(
-            f"training would change {vae_path(config)}, with which {', '.join(map(str, dependents))} were made: choose "
-            f"another name, or set vae.retrain=true and then run the later stages again"
+            f"training would change {vae_path(config)}, but {', '.join(map(str, dependents))} were made with it: set another "
+            f"name=…, or set vae.retrain=true and then run the later stages again"
         )
 
 

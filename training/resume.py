@@ -56,8 +56,8 @@ def is_finished(cfg: TrainingConfig, step: int, minutes: float) -> bool:
 def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: dict | None = None) -> bool:
     """Raise an error if state.pt in `folder` belongs to a run with another identity. Return whether that run is finished.
 
-    `state` is the content of state.pt. Without it, only the keys in `identity` are compared: this checks the settings before
-    the data are loaded and their fingerprints are known.
+    state  content of state.pt; None: read its identity, and compare only the entries that `identity` has. This checks the
+           settings early, before the fingerprints of the data are known.
     """
     path, settings_only = folder / "state.pt", state is None
     if settings_only and not path.exists():
