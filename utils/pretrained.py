@@ -77,7 +77,8 @@ def _download(repo: str, key: str, subfolders: tuple[str, ...]) -> tuple[Path, P
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        files = set(HfApi().list_repo_files(repo))
+        # Not list_repo_files(): without internet it retries for 20 seconds.
+        files = {file.rfilename for file in HfApi().model_info(repo).siblings}
         for prefix in ("", *(f"{name}/" for name in subfolders)):
             for name in WEIGHT_FILES:
                 if {f"{prefix}config.json", f"{prefix}{name}"} <= files:
