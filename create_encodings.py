@@ -11,20 +11,17 @@ from utils import cli
 if __name__ == "__main__":
     cli.handle_help(__doc__)
 
-import hashlib
-import math
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import Config
 from dataset import TRAIN, VAL
+from dataset.chunks import EncodeChunk, chunk_folder, encode_in_chunks, join_chunks
 from dataset.encodings import CaptionEmbeddings, LatentDataset
 from dataset.loader import BatchLoader
 from dataset.text_encoder import TextEncoder
@@ -32,19 +29,14 @@ from models.normalizer import Normalizer
 from models.vae import VAE
 from pipeline.stage_files import encodings_path, load_images_for, load_vae, note_if_unfinished, vae_path
 from utils import distributed
-from utils.checkpoints import fingerprint, load_tensors, save_tensors
-from utils.checksums import is_intact
+from utils.checkpoints import fingerprint
 from utils.device import autocast, compile_networks, pick_device, pick_precision
 from utils.errors import UserError
-from utils.files import raise_no_space, require_space
+from utils.files import require_space
 from utils.images import to_float
 from utils.locks import lock_folder
 
-CHUNK = 8192  # images or captions per temporary file; an interrupted run continues after the last complete file
 TOKENS_PER_CAPTION = 15  # typical length, to estimate the disk space for caption embeddings
-
-# encode_chunk(item indices, advance) -> named tensors. It calls advance(n) after every n items to move the progress bar.
-EncodeChunk = Callable[[range, Callable[[int], object]], dict[str, Tensor]]
 
 
 def encode(config: Config, dry_run: bool) -> None:
@@ -93,7 +85,7 @@ def encode(config: Config, dry_run: bool) -> None:
 
     lock_folder(config.run_dir)
     inputs = f"{result['vae_fingerprint']}{images.fingerprint}{cfg.dtype}{encoder and encoder.fingerprint}{texts}"
-    scratch = chunk_folder(config, inputs)
+    scratch = chunk_folder(config.run_dir, inputs)
     if config.compile is True:  # "auto" does not compile here: encoding ends before compilation pays off
         compile_networks(True, device, vae.encoder)
     loader = BatchLoader([torch.from_numpy(images.pixels)], device)
@@ -135,53 +127,6 @@ def encode(config: Config, dry_run: bool) -> None:
     shutil.rmtree(scratch)
     print(latent_table(normalizer))
     print(f"done: {path}")
-
-
-def chunk_folder(config: Config, inputs: str) -> Path:
-    """Return the folder for chunk files, named by a hash of `inputs`. Remove the chunk folders of runs with other inputs."""
-    folder = config.run_dir / f"encodings.chunks-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
-    if distributed.is_main():
-        for other in config.run_dir.glob("encodings.chunks-*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
-    return folder
-
-
-def encode_in_chunks(folder: Path, title: str, unit: str, n: int, encode_chunk: EncodeChunk) -> list[Path]:
-    """Encode items 0 … n-1 in chunks, write one file per chunk, and return all files in order.
-
-    The processes share the chunks. Chunks that already have an intact file are skipped. A background thread writes each
-    chunk while the device encodes the next one.
-    """
-    chunk_size = min(CHUNK, -(-n // distributed.world_size()))
-    chunks = [range(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
-    files = [folder / f"{title.replace(' ', '-')}-{chunk.start:09d}-{chunk.stop:09d}.pt" for chunk in chunks]
-    own = list(zip(chunks, files))[distributed.rank() :: distributed.world_size()]
-    pending = None
-    with ThreadPoolExecutor(1) as writer, tqdm(total=sum(len(chunk) for chunk, _ in own), desc=title, unit=unit) as bar:
-        for chunk, file in own:
-            if is_intact(file):
-                bar.update(len(chunk))
-                continue
-            content = encode_chunk(chunk, bar.update)
-            if pending:
-                pending.result()  # raises errors of the writer thread
-            pending = writer.submit(save_tensors, file, content)
-        if pending:
-            pending.result()
-    return files
-
-
-def join_chunks(files: list[Path], key: str) -> Tensor:
-    """Concatenate the tensor `key` of all chunk files. The result is memory-mapped, because it may not fit in memory."""
-    parts = [load_tensors(file, f"remove {file.parent}", mmap=True)[key] for file in files]
-    shape = sum(map(len, parts)), *parts[0].shape[1:]
-    joined_file = files[0].with_suffix(f".{key}.joined")
-    # Do not copy the parts into a memory-mapped file: if the disk is full, the copy kills the process (SIGBUS).
-    with raise_no_space(joined_file), open(joined_file, "wb") as file:
-        for part in parts:
-            file.write(part.contiguous().view(torch.uint8).numpy())
-    return torch.from_file(str(joined_file), shared=False, size=math.prod(shape), dtype=parts[0].dtype).view(shape)
 
 
 def make_latent_encoder(config: Config, vae: VAE, loader: BatchLoader, rows: Tensor, flip: bool) -> EncodeChunk:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from config import Config
-from models.diffusers_format import to_diffusers, unet_config, unet_modules, vae_config, vae_modules
 from models.normalizer import Normalizer
 from models.schedules import Schedule
 from pipeline.latent_diffusion import LatentDiffusion
 from pipeline.model_card import model_card
 from sampling import image_generators, make_denoiser, randn, sample, timesteps
 from utils.device import pick_precision
+from utils.diffusers_format import to_diffusers, unet_config, unet_modules, vae_config, vae_modules
 from utils.errors import UserError
 from utils.files import require_space
 

@@ -37,7 +37,7 @@ import create_encodings
 import infer
 import train_diffusion
 import train_vae
-from dataset import cache_format, image_cache
+from dataset import cache_format, chunks, image_cache
 from dataset.encodings import LatentDataset
 from dataset.image_cache import index_dataset, load_images
 from utils.checkpoints import load_tensors, load_weights
@@ -64,7 +64,7 @@ SURVIVED, DETECTED = "survived", "detected"
 def main(minutes: float = 10.0, seed: int | None = None) -> int:
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     torch.set_num_threads(1)
-    create_encodings.CHUNK, image_cache.BLOCK_SIZE = CHUNK, BLOCK_SIZE
+    chunks.CHUNK, image_cache.BLOCK_SIZE = CHUNK, BLOCK_SIZE
     print(f"seed {seed}, {minutes:g} minutes, {machine()}", flush=True)
     violations = 0
     with tempfile.TemporaryDirectory() as name:

@@ -15,10 +15,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from config import VAEConfig
-from models.diffusers_format import vae_config
 from models.vae import VAE
 from training.optim import EMA
 from utils.device import autocast, num_params, pick_precision
+from utils.diffusers_format import vae_config
 
 SIZE = 64
 

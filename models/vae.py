@@ -1,6 +1,6 @@
 """VAE between pixels and latents (Kingma & Welling 2014). Architecture: Esser et al. 2021; Rombach et al. 2022.
 
-It computes the same function as diffusers' AutoencoderKL; models/diffusers_format.py converts the weights.
+It computes the same function as diffusers' AutoencoderKL; utils/diffusers_format.py converts the weights.
 """
 
 from dataclasses import dataclass

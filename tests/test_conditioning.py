@@ -29,6 +29,7 @@ from models.transformer import AdaLNZeroBlock, TransformerBottleneck
 from models.unet import UNet
 from pipeline import prompts
 from pipeline.latent_diffusion import LatentDiffusion
+from utils.checkpoints import save_tensors
 from utils.errors import UserError
 from utils.settings import load_config
 
@@ -756,10 +757,8 @@ def test_clip_is_identified_by_its_weights_not_by_its_path(trained, tiny_clip, t
 
 def test_interrupted_caption_embedding_resumes(trained, tiny_clip, tmp_path, monkeypatch):
     """Interrupted after two of three chunks and resumed with another batch size: the same embeddings in the same order."""
-    import create_encodings
-
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
-    experiment, save_tensors, written = Experiment(tmp_path), create_encodings.save_tensors, []
+    experiment, written = Experiment(tmp_path), []
     clip = ["text.encoder=pretrained", f"text.model={tiny_clip}", "diffusion.cross_attn_resolutions=[8,4]"]
     assert experiment.run("create_encodings", *clip) == 0
     path = experiment.run_dir / "encodings.pt"
@@ -778,10 +777,10 @@ def test_interrupted_caption_embedding_resumes(trained, tiny_clip, tmp_path, mon
             raise KeyboardInterrupt
         recorded_save(file, content)
 
-    monkeypatch.setattr(create_encodings, "CHUNK", 20)
-    monkeypatch.setattr(create_encodings, "save_tensors", interrupted_save)
+    monkeypatch.setattr("dataset.chunks.CHUNK", 20)
+    monkeypatch.setattr("dataset.chunks.save_tensors", interrupted_save)
     assert experiment.run("create_encodings", *clip) == 130 and not path.exists()
-    monkeypatch.setattr(create_encodings, "save_tensors", recorded_save)
+    monkeypatch.setattr("dataset.chunks.save_tensors", recorded_save)
     assert experiment.run("create_encodings", *clip, "encodings.batch_size=7") == 0
     assert len(written) == len(set(written)) and len(caption_chunks()) == 3
     text = LatentDataset.load(path).text

@@ -1,10 +1,13 @@
-"""Our networks against diffusers' with the same random weights, in both directions (models/diffusers_format.py)."""
+"""Our networks against diffusers' with the same random weights, in both directions (utils/diffusers_format.py)."""
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
 
-from models.diffusers_format import (
+from models.layers import num_norm_groups
+from models.unet import UNet
+from models.vae import VAE
+from utils.diffusers_format import (
     from_diffusers,
     to_diffusers,
     unet_config,
@@ -14,9 +17,6 @@ from models.diffusers_format import (
     vae_modules,
     vae_settings,
 )
-from models.layers import num_norm_groups
-from models.unet import UNet
-from models.vae import VAE
 
 CLASSES = {"kind": "labels", "names": {"class": [str(i) for i in range(10)]}}
 UNETS = [

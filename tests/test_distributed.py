@@ -238,14 +238,12 @@ def test_errors_are_printed_once(experiment, two_ranks):
 
 
 def test_interrupted_encoding_resumes(trained, tmp_path, monkeypatch):
-    import create_encodings
-
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     experiment = Experiment(tmp_path)
     path = experiment.run_dir / "encodings.pt"
     before = torch.load(path, weights_only=True)
     path.unlink()
-    monkeypatch.setattr(create_encodings, "CHUNK", 20)
+    monkeypatch.setattr("dataset.chunks.CHUNK", 20)
     written = []
 
     def recorded_save(file, content):
@@ -257,9 +255,9 @@ def test_interrupted_encoding_resumes(trained, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         recorded_save(file, content)
 
-    monkeypatch.setattr(create_encodings, "save_tensors", interrupted_save)
+    monkeypatch.setattr("dataset.chunks.save_tensors", interrupted_save)
     assert experiment.run("create_encodings") == 130 and not path.exists()
-    monkeypatch.setattr(create_encodings, "save_tensors", recorded_save)
+    monkeypatch.setattr("dataset.chunks.save_tensors", recorded_save)
     assert experiment.run("create_encodings") == 0
     assert len(written) == len(set(written))  # no chunk is written twice
     after = torch.load(path, weights_only=True)

@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from models.diffusers_format import to_diffusers, unet_config, unet_modules, vae_config
 from models.unet import UNet
 from models.vae import VAE
 from sampling import image_generators
+from utils.diffusers_format import to_diffusers, unet_config, unet_modules, vae_config
 from utils.errors import UserError
 from utils.pretrained import load_pretrained
 

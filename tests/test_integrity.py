@@ -19,7 +19,6 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_pipeline import copy_of, error_line
 
-import create_encodings
 from dataset import cache_format, image_cache
 from dataset.encodings import LatentDataset
 from dataset.image_cache import index_dataset, load_images
@@ -187,19 +186,20 @@ def test_a_damaged_chunk_is_encoded_again(trained, tmp_path, monkeypatch):
     path = experiment.run_dir / "encodings.pt"
     before = torch.load(path, weights_only=True)
     path.unlink()
-    monkeypatch.setattr(create_encodings, "CHUNK", 20)
-    monkeypatch.setattr(create_encodings.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("dataset.chunks.CHUNK", 20)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert experiment.run("create_encodings") == 130  # killed after encodings.pt was written, with all chunks left
     path.unlink()
     monkeypatch.undo()
-    monkeypatch.setattr(create_encodings, "CHUNK", 20)
+    monkeypatch.setattr("dataset.chunks.CHUNK", 20)
     chunks = sorted(experiment.run_dir.glob("encodings.chunks-*/*.pt"))
     assert len(chunks) == 7
     flip(chunks[1])
     replace_times = [chunk.stat().st_mtime_ns for chunk in chunks]
     written = []
-    save = create_encodings.save_tensors
-    monkeypatch.setattr(create_encodings, "save_tensors", lambda file, content: (written.append(file), save(file, content)))
+    monkeypatch.setattr(
+        "dataset.chunks.save_tensors", lambda file, content: (written.append(file), save_tensors(file, content))
+    )
     assert experiment.run("create_encodings") == 0 and written == [chunks[1]] and replace_times
     after = torch.load(path, weights_only=True)
     assert all(torch.equal(before[k], after[k]) for k in ("mean", "mean_flipped", "val_mean"))

@@ -383,7 +383,6 @@ def test_a_nonfinite_loss_keeps_the_last_good_state(trained, tmp_path, capsys, m
 
 def test_a_full_disk_while_encodings_are_joined(experiment, capsys, monkeypatch):
     """One error line; the chunks stay, and the same command ends with the encodings of a run without the error."""
-    import create_encodings
 
     def open_full(path, *args):
         if str(path).endswith(".joined"):
@@ -394,7 +393,7 @@ def test_a_full_disk_while_encodings_are_joined(experiment, capsys, monkeypatch)
     path = experiment.run_dir / "encodings.pt"
     expected = LatentDataset.load(path)
     path.unlink()
-    monkeypatch.setattr(create_encodings, "open", open_full, raising=False)
+    monkeypatch.setattr("dataset.chunks.open", open_full, raising=False)
     capsys.readouterr()
     assert experiment.run("create_encodings") == 2
     error = capsys.readouterr().err.strip().splitlines()

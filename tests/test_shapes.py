@@ -20,12 +20,12 @@ from config import LoggingConfig
 from dataset.files import crop_and_resize, decode_image
 from dataset.image_cache import load_images
 from evaluation.features import Features
-from models.diffusers_format import to_diffusers, unet_config, unet_modules, unet_settings, vae_config, vae_modules
 from models.perceptual import find_weights, make_perceptual, to_rgb
 from models.unet import UNet
 from models.vae import VAE
 from sampling import image_generators
 from training.logger import Logger
+from utils.diffusers_format import to_diffusers, unet_config, unet_modules, unet_settings, vae_config, vae_modules
 from utils.images import image_grid, over_white, save_gif, to_float
 from utils.settings import load_config
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.diffusers_format import from_diffusers, unet_modules, unet_settings, vae_modules, vae_settings
 from models.unet import UNet
 from models.vae import VAE
 from utils.checkpoints import load_weights
+from utils.diffusers_format import from_diffusers, unet_modules, unet_settings, vae_modules, vae_settings
 from utils.errors import UserError
 from utils.files import first_line
 
