@@ -1,7 +1,7 @@
 """evaluation.task=condition: whether generated images depend on their condition.
 
-Each image is generated from the caption (or labels) of a validation image. If the condition matters, the generated image is
-nearer to this validation image than to those with other captions.
+Each image is generated from the caption (or labels) of a validation image. If the condition matters, this validation image
+is nearer to it than to images generated from other captions.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from config import Config
+from config import Config, SamplingConfig
 from dataset import VAL, evenly_spaced
 from dataset.conditions import titled_val_conditions
 from evaluation.features import load_features
@@ -35,15 +35,17 @@ def run(config: Config, dry_run: bool) -> None:
     dtype = pick_precision(cfg.precision, device)
     if not cfg.features:
         raise UserError("evaluation.task=condition needs at least one network in evaluation.features (got [])")
-    unguided = config.sampling.model_copy(update={"guidance": 1.0})
-    settings = [config.sampling.model_copy(update={"guidance": scale}) for scale in cfg.guidance]
-    model = LatentDiffusion.load(config.model_copy(update={"sampling": unguided}), device, dtype)
+    if config.sampling.autoguidance is not None:
+        raise UserError("evaluation.task=condition compares scales of classifier-free guidance: unset sampling.autoguidance")
+    settings = [with_guidance(config.sampling, scale) for scale in cfg.guidance]
+    unguided = config.model_copy(update={"sampling": with_guidance(config.sampling, 1.0)})
+    model = LatentDiffusion.load(unguided, device, dtype)
     if model.unet.conditioner is None:
         raise UserError(
             f"evaluation.task=condition: {model.checkpoint.path} is unconditional: train with diffusion.condition=class or text"
         )
     for sampling in settings:
-        check_guidance(sampling, model.unet, model.checkpoint)
+        check_guidance(sampling, model.unet, model.checkpoint, key="evaluation.guidance")
     model.timesteps(config.sampling)  # checks the settings
     encodings = load_encodings(model.vae, config)
     images = load_images_for(config, model.checkpoint.vae_metadata)
@@ -82,46 +84,58 @@ def run(config: Config, dry_run: bool) -> None:
         title = f"**{network.name}** ({val_features.shape[1]:,} features{f', {network.weights}' if network.weights else ''})"
         paragraphs += [title, markdown_table([*HEADER, "latent std ratio"], table)]
     paragraphs.append(
-        f"Feature distances of each image, averaged: own, to the validation image with the same {kind}; other, mean over the "
-        f"validation images with another {kind}; difference, other - own with its standard error; nearer, the fraction of "
-        f"other validation images that are farther away than its own. Images that do not depend on the {kind} have a "
-        f"difference of 0 and are nearer to their own in 50 %."
+        f"Mean feature distances of a validation image: *own*, to the image generated from its {kind}; *other*, to images "
+        f"generated from another {kind}. *difference*: other - own ± its standard error (jackknife). *nearer*: fraction of images "
+        f"from another {kind} that are farther away than the own one. Images that do not depend on the {kind} have a "
+        f"difference of 0 and 50 % on average."
     )
     origin = weights_origin("U-Net", model.checkpoint.fingerprint, model.checkpoint.metadata)
     write_report(config, name, device, origin, "\n\n".join(paragraphs))
     save_png(match_grid(val, list(sets.values()), titles), Path(config.results_dir) / f"{name}.png")
 
 
-HEADER = ["images", "own", "other", "difference", "nearer to its own"]
+HEADER = ["images", "own", "other", "difference", "nearer"]
+
+
+def with_guidance(cfg: SamplingConfig, scale: float) -> SamplingConfig:
+    """Return settings with this guidance scale. Scale 0 applies to all noise levels: images without a condition."""
+    interval = None if scale in (0, 1) else cfg.guidance_interval
+    return cfg.model_copy(update={"guidance": scale, "guidance_interval": interval})
 
 
 @dataclass
 class Match:
-    """Feature distances from generated images to the validation image of their own condition and of other conditions."""
+    """Feature distances between validation images and images generated from their own or from another condition.
 
-    own: float  # mean distance to the validation image of the same condition
-    other: float  # mean distance to the validation images of other conditions
-    difference: float  # mean of other - own
+    If the generator ignores the condition, `difference` has expectation 0 and `nearer` 0.5, also for unequal classes.
+    """
+
+    own: float  # mean distance of a validation image to the image generated from its condition
+    other: float  # the same for images generated from other conditions
+    difference: float  # other - own
     standard_error: float  # of the difference
-    # Fraction of the other validation images that are farther from the generated image than its own validation image.
-    # A tie counts as half. The expected value is 0.5 for images that do not depend on the condition.
-    nearer: float
+    nearer: float  # fraction of images from other conditions that are farther away than the own one; ties count half
 
     @classmethod
     def measure(cls, generated: Tensor, val: Tensor, titles: list[str]) -> "Match":
-        """Compare features (N, D). Image i was generated from the condition titles[i] of validation image i."""
-        distances = torch.cdist(generated.double(), val.double(), compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
+        """Compare features (N, D). Image i was generated from titles[i], the condition of validation image i."""
+        distances = torch.cdist(val.double(), generated.double(), compute_mode="donot_use_mm_for_euclid_dist")  # (val, gen)
         _, ids = np.unique(titles, return_inverse=True)
         is_other = torch.from_numpy(ids[:, None] != ids[None, :])
         if not is_other.any(dim=1).all():
             raise UserError("evaluation.task=condition: all validation images have the same condition")
-        own, num_others = distances.diagonal(), is_other.sum(dim=1)
-        other = (distances * is_other).sum(dim=1) / num_others
+
+        counts, own = is_other.sum(dim=1), distances.diagonal()
+        sums = (distances * is_other).sum(dim=1)
+        other = sums / counts
         farther = (distances > own[:, None]).double() + 0.5 * (distances == own[:, None]).double()
-        nearer = (farther * is_other).sum(dim=1) / num_others
-        difference = other - own
-        error = difference.std() / len(own) ** 0.5
-        return cls(*(float(x) for x in (own.mean(), other.mean(), difference.mean(), error, nearer.mean())))
+        nearer = (farther * is_other).sum(dim=1) / counts
+        # Jackknife (Tukey 1958): the distances to one generated image depend on each other. Column i: without pair i.
+        differences = (sums[:, None] - distances * is_other) / (counts[:, None] - is_other.long()) - own[:, None]
+        estimates = differences.fill_diagonal_(0.0).sum(dim=0) / (len(own) - 1)
+        estimates = estimates[estimates.isfinite()]  # not finite if pair i is the only one with another condition
+        error = estimates.std(correction=0) * (len(estimates) - 1) ** 0.5
+        return cls(*(float(x) for x in (own.mean(), other.mean(), other.mean() - own.mean(), error, nearer.mean())))
 
     def cells(self) -> list[str]:
         difference = f"{self.difference:.3f} ± {self.standard_error:.3f}"

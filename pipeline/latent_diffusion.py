@@ -244,19 +244,19 @@ def _make_forward(net: UNet, cuda_graphs: bool) -> Forward:
     return GraphedForward(forward) if cuda_graphs else forward
 
 
-def check_guidance(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint) -> None:
-    """Refuse guidance towards a condition for which this U-Net was not trained."""
+def check_guidance(cfg: SamplingConfig, unet: UNet, checkpoint: Checkpoint, key: str = "sampling.guidance") -> None:
+    """Refuse guidance towards a condition for which this U-Net was not trained. `key`: the setting to name in the error."""
     path, metadata, conditioner = checkpoint.path, checkpoint.metadata, unet.conditioner
     if cfg.guidance == 1 or cfg.autoguidance is not None:
         return
     if conditioner is None:
         raise UserError(
-            f"sampling.guidance must be 1 for an unconditional model (got {cfg.guidance:g}); "
+            f"{key} must be 1 for an unconditional model (got {cfg.guidance:g}); "
             f"to use guidance, set sampling.autoguidance to a weaker U-Net, such as a file saved by diffusion.snapshot_every"
         )
     if metadata.get("cfg_dropout") == 0 and not conditioner.trains_null_condition:
         raise UserError(
-            f"sampling.guidance must be 1 (got {cfg.guidance:g}): {path} was trained with diffusion.cfg_dropout=0, so it has "
+            f"{key} must be 1 (got {cfg.guidance:g}): {path} was trained with diffusion.cfg_dropout=0, so it has "
             f"never seen the null condition; train with diffusion.cfg_dropout=0.1 to use guidance"
         )
 

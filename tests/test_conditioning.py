@@ -384,19 +384,43 @@ def test_evaluation_uses_the_conditions_of_validation_images(conditional, monkey
 
 
 def test_match_of_features_on_a_line():
-    """Image i at 0.25, 2.25, 4.25, 6.25 and validation image i at 0, 2, 4, 6; the first two have the same caption."""
+    """Validation image i at 0, 2, 4, 6 and image i generated for it at 0.25, 2.25, …; the first two have the same caption."""
     val, titles = torch.tensor([[0.0], [2.0], [4.0], [6.0]]), ["a", "a", "b", "c"]
     match = Match.measure(val + 0.25, val, titles)
-    others = torch.tensor([(3.75 + 5.75) / 2, (1.75 + 3.75) / 2, (4.25 + 2.25 + 1.75) / 3, (6.25 + 4.25 + 2.25) / 3])
-    assert match.own == 0.25 and match.other == pytest.approx(float(others.mean())) and match.nearer == 1.0
-    assert match.difference == pytest.approx(float(others.mean()) - 0.25)
-    assert match.standard_error == pytest.approx(float((others - 0.25).std()) / 2)
-    gray = Match.measure(torch.zeros(4, 1), val.flip(0), titles)  # at 6, 4, 2, 0 from their own
-    assert gray.nearer == pytest.approx((0 + 0 + 2 / 3 + 1) / 4)
+    others = [(4.25 + 6.25) / 2, (2.25 + 4.25) / 2, (3.75 + 1.75 + 2.25) / 3, (5.75 + 3.75 + 1.75) / 3]
+    assert match.own == 0.25 and match.other == pytest.approx(np.mean(others)) and match.nearer == 1.0
     constant = Match.measure(torch.ones(4, 1), torch.zeros(4, 1), titles)
     assert (constant.difference, constant.nearer) == (0.0, 0.5)
     with pytest.raises(UserError, match="the same condition"):
         Match.measure(val, val, ["a"] * 4)
+
+
+def test_match_with_different_captions_is_other_minus_own():
+    generator = torch.Generator().manual_seed(0)
+    val = torch.randn(50, 8, generator=generator)
+    match = Match.measure(val + torch.randn(50, 8, generator=generator), val, [str(i) for i in range(50)])
+    assert match.difference == pytest.approx(match.other - match.own) and match.difference > 5 * match.standard_error > 0
+
+
+@pytest.mark.parametrize("titles", ["different", "nine of ten the same"])
+def test_match_of_a_generator_that_ignores_the_condition(titles):
+    """Difference 0 and nearer 50 % on average, and the standard error is the std over repetitions. Classes form clusters,
+    and images differ in their distance from all others."""
+    generator, results = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        label = (torch.rand(60, generator=generator) < 0.1).long()
+        label[:2] = torch.tensor([0, 1])
+        spread = 3 * torch.rand(60, 1, generator=generator)
+        val = 4 * label[:, None] + spread * torch.randn(60, 4, generator=generator)
+        order = torch.randperm(60, generator=generator)  # other images of the same distribution
+        spread = 3 * torch.rand(60, 1, generator=generator)
+        generated = 4 * label[order, None] + spread * torch.randn(60, 4, generator=generator)
+        names = [str(i) for i in range(60)] if titles == "different" else [str(y) for y in label.tolist()]
+        match = Match.measure(generated, val, names)
+        results.append((match.difference, match.standard_error, match.nearer))
+    difference, error, nearer = np.array(results).T
+    assert abs(difference.mean()) < 3 * difference.std() / 300**0.5 and nearer.mean() == pytest.approx(0.5, abs=0.02)
+    assert np.sqrt((error**2).mean()) == pytest.approx(difference.std(), rel=0.2)
 
 
 @pytest.mark.parametrize("options", [CLASSES, WORDS], ids=["classes", "words"])

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 from config import Config
 from dataset import synthetic_faces
+from evaluation.condition_match import with_guidance
 from evaluation.reconstruction import reconstruct
 from evaluation.reports import markdown_table
 from models.conditioning import Cond, LabelEmbedder
 from pipeline.generate import OutputSpec
-from pipeline.latent_diffusion import LatentDiffusion
+from pipeline.latent_diffusion import LatentDiffusion, check_guidance
 from pipeline.prompts import read_prompts
 from utils import cli
 from utils.device import autocast, hardware_name, pick_device, pick_precision
@@ -121,17 +122,23 @@ def requested_conditions(config: Config, model: LatentDiffusion, indices: np.nda
     return CAPTION_ATTRIBUTES, read_prompts(config, conditioner, model.device).cond
 
 
-def judge(config: Config, net: Classifier | None) -> Classifier:
+def judge(config: Config, classifiers: dict[int, Classifier]) -> None:
     """Print how often samples of a model have the requested attributes.
 
-    If `net` is None, trains the classifier first. Returns the classifier, so that the next model can reuse it.
+    classifiers: image size -> trained classifier; a missing one is trained and added
     """
     device, cfg = pick_device(config.device), config.sampling
     dtype = pick_precision("auto", device)
+    if cfg.autoguidance is not None:
+        raise UserError("judge_conditions.py compares scales of classifier-free guidance: unset sampling.autoguidance")
     model = LatentDiffusion.load(config, device, dtype)
+    scales = sorted({0.0, 1.0, cfg.guidance})
     indices = np.arange(EVAL_IMAGES)
     names, cond = requested_conditions(config, model, indices)
-    net = net or train_classifier(model.image_shape[0], device, dtype)
+    for guidance in scales:
+        check_guidance(with_guidance(cfg, guidance), model.unet, model.checkpoint)
+    size = model.image_shape[0]
+    net = classifiers[size] = classifiers.get(size) or train_classifier(size, device, dtype)
     labels = synthetic_faces.labels(EVAL_SEED, indices)
     pixels = synthetic_faces.render(EVAL_SEED, indices, model.image_shape[0])
     columns = [list(ATTRIBUTES).index(name) for name in names]
@@ -143,9 +150,9 @@ def judge(config: Config, net: Classifier | None) -> Classifier:
         "original faces": accuracy(pixels),
         "reconstructed": accuracy(reconstruct(model.vae, pixels, cfg.batch_size, device, dtype)),
     }
-    for guidance in sorted({0.0, 1.0, cfg.guidance}):
+    for guidance in scales:
         label = {0.0: "unconditional", 1.0: "no guidance"}.get(guidance, f"guidance {guidance:g}")
-        settings = cfg.model_copy(update={"guidance": guidance, "cols": 1, "slerp_to": None})
+        settings = with_guidance(cfg, guidance).model_copy(update={"cols": 1, "slerp_to": None})
         samples = model.generate(settings, OutputSpec(EVAL_IMAGES, keep_pixels=EVAL_IMAGES), cond)
         accuracies[label] = accuracy(samples.pixel_array())
     rows = [[name, *(f"{values[k]:.1%}" for values in accuracies.values())] for k, name in enumerate(names)]
@@ -155,7 +162,6 @@ def judge(config: Config, net: Classifier | None) -> Classifier:
         f"on {hardware_name(device)}:\n"
     )
     print(markdown_table(["attribute", *accuracies], rows))
-    return net
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,10 +170,10 @@ def main(argv: list[str] | None = None) -> int:
     if not configs or cli.HELP_FLAGS & set(argv):
         print(__doc__.strip())
         return 0 if configs or argv else 2
-    net = None
+    classifiers: dict[int, Classifier] = {}
     try:
         for path in configs:
-            net = judge(cli.parse([path, *(argument for argument in argv if argument not in configs)])[0], net)
+            judge(cli.parse([path, *(argument for argument in argv if argument not in configs)])[0], classifiers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
