@@ -84,7 +84,7 @@ def encode(config: Config, dry_run: bool) -> None:
         return
 
     lock_folder(config.run_dir)
-    inputs = f"{result['vae_fingerprint']}{images.fingerprint}{cfg.dtype}{encoder and encoder.fingerprint}{texts}"
+    inputs = f"{result['vae_fingerprint']}{images.fingerprint}{cfg.dtype}{dtype}{encoder and encoder.fingerprint}{texts}"
     scratch = chunk_folder(config.run_dir, inputs)
     if config.compile is True:  # "auto" does not compile here: encoding ends before compilation pays off
         compile_networks(True, device, vae.encoder)
@@ -124,7 +124,7 @@ def encode(config: Config, dry_run: bool) -> None:
         if int(truncated.sum()):
             print(f"note: {int(truncated.sum()):,} captions are longer than {encoder.max_length} tokens and were truncated")
     LatentDataset(**{"mean_flipped": None, **means}, normalizer=normalizer, text=text, **result).save(path)
-    shutil.rmtree(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)  # NFS keeps files that are still memory-mapped
     print(latent_table(normalizer))
     print(f"done: {path}")
 

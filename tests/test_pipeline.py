@@ -425,6 +425,33 @@ def test_a_full_disk_keeps_saved_files_and_training_continues(experiment, capsys
     assert experiment.run("train_vae") == 0
 
 
+def test_a_full_disk_turns_tensorboard_off_and_training_continues(experiment, capsys, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert experiment.run("train_vae", "logging.tensorboard=true") == 0
+    assert capsys.readouterr().out.count("warning: TensorBoard cannot write") == 1
+
+
+@pytest.mark.parametrize("second, saved", [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_second_signal(experiment, monkeypatch, second, saved):
+    """Service managers and torchrun may both send SIGTERM; a second Ctrl-C ends without saving."""
+    step = Trainer.step
+
+    def interrupted_step(self, forward_backward):
+        if self.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), second)
+        step(self, forward_backward)
+
+    monkeypatch.setattr(Trainer, "step", interrupted_step)
+    assert experiment.run("train_vae") == (143 if saved else 130)
+    assert (experiment.run_dir / "vae" / "state.pt").exists() == saved
+
+
 def test_a_small_disk_is_reported_before_training(experiment, capsys, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     assert "MB are free" in error_line(experiment, capsys, "train_vae", "--dry-run")

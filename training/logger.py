@@ -1,12 +1,15 @@
 """Training logs: metrics.jsonl, TensorBoard, an experiment tracker, and the plot curves.png."""
 
+import contextlib
 import importlib
 import json
 import secrets
 from pathlib import Path
 from types import ModuleType
+from typing import Iterator
 
 import numpy as np
+from tqdm import tqdm
 
 from config import LoggingConfig
 from utils.errors import UserError
@@ -71,8 +74,8 @@ class Logger:
         with raise_no_space(self.path):
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
-        if self.tensorboard:
-            for name, value in metrics.items():
+        with self._turn_off_tensorboard_if_disk_full():
+            for name, value in metrics.items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, value, step)
         if self.tracker:
             self.tracker.log(metrics, step=step)
@@ -80,15 +83,26 @@ class Logger:
     def log_image(self, step: int, name: str, image) -> None:
         """Log a PIL image to TensorBoard and the tracker. Transparency is composited over white."""
         image = over_white(image)
-        if self.tensorboard:
-            self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        with self._turn_off_tensorboard_if_disk_full():
+            if self.tensorboard:
+                self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         if self.tracker:
             self.tracker.log({name: self.tracker.Image(image)}, step=step)
 
+    @contextlib.contextmanager
+    def _turn_off_tensorboard_if_disk_full(self) -> Iterator[None]:
+        """TensorBoard's writer keeps the first error of its thread and raises it in every later call."""
+        try:
+            yield
+        except OSError as error:
+            tqdm.write(f"warning: TensorBoard cannot write ({first_line(error)}) and is turned off; training continues")
+            self.tensorboard = None
+
     def close(self) -> None:
         self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
+        with self._turn_off_tensorboard_if_disk_full():
+            if self.tensorboard:
+                self.tensorboard.close()
         if self.tracker:
             self.tracker.finish()
 

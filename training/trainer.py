@@ -134,14 +134,14 @@ class Trainer:
         tqdm.write(f"done: {self.weights_path} after {self.steps_done:,} steps, {self.minutes:.1f} minutes")
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
         self._bar.close()
         if self._logger:
             self._logger.close()
             if self.steps_done > self._first_step:
                 with warn_if_disk_full("the curves"):
                     plot_curves(self.folder)
+        for number, handler in self._old_handlers.items():  # last: torchrun sends SIGTERM when another rank exits
+            signal.signal(number, handler)
 
     @property
     def minutes(self) -> float:
@@ -167,8 +167,10 @@ class Trainer:
         self.should_stop = self.finished or self._stopped_by is not None
 
     def _on_signal(self, number: int, _frame) -> None:
-        if self._signal is not None:  # second Ctrl-C: exit without saving
-            raise KeyboardInterrupt
+        if self._signal is not None:
+            if number == signal.SIGINT:  # second Ctrl-C: exit without saving
+                raise KeyboardInterrupt
+            return  # service managers and torchrun may both send SIGTERM
         self._signal = number
         tqdm.write(f"stopping after this step ({signal.Signals(number).name})")
 

@@ -57,6 +57,8 @@ def handle_help(doc: str) -> None:
     except UserError as error:
         if IS_MAIN:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # torchrun ends all processes when one exits: rank 0 must have printed the error
         sys.exit(2)
 
 
@@ -104,6 +106,7 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         return 0
     except BaseException as error:
         message, code = exit_message(error)
+        stopped = isinstance(error, Stopped)
         if message is None and distributed.world_size() == 1:
             raise
         message = message or f"error: {traceback.format_exc()}"
@@ -116,6 +119,8 @@ def run(work: Callable[[Config, bool], None], doc: str, argv: list[str] | None) 
         time.sleep(2)
         print(f"process {os.environ['RANK']}: {message}", file=sys.stderr)
     if distributed.world_size() > 1:
+        if stopped:  # on all ranks: wait until rank 0 has closed its logs
+            distributed.cleanup()
         # Exit without cleanup, which would hang while other ranks wait in a collective operation. torchrun ends those ranks.
         sys.stdout.flush()
         sys.stderr.flush()

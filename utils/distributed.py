@@ -57,7 +57,7 @@ def is_main() -> bool:
 def init() -> None:
     if world_size() > 1 and not dist.is_initialized():
         global _barrier_group, _heartbeat_thread
-        with _collective():
+        with _setup():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
             _barrier_group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
             group = dist.new_group(backend="gloo", timeout=HEARTBEAT_TIMEOUT)
@@ -89,11 +89,23 @@ def _heartbeat(group: dist.ProcessGroup) -> None:
             with _collective():
                 dist.all_reduce(num_finished, group=group)
     except ProcessLost as error:
-        if not _finished.is_set():
-            time.sleep(GRACE_SECONDS)
+        # In cleanup(), only give torchrun time to end this process after an error on rank 0, which prints it.
+        time.sleep(2 if _finished.is_set() else GRACE_SECONDS)
         tqdm.write(f"{'' if is_main() else f'process {rank()}: '}error: {error}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def _setup() -> Iterator[None]:
+    """Raise UserError if the processes cannot connect."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes cannot connect ({first_line(error)}): check that all have started, and set GLOO_SOCKET_IFNAME "
+            f"and NCCL_SOCKET_IFNAME to a network interface that connects the nodes"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ def remove_leftovers(folder: Path, pattern: str = "*") -> None:
     """Remove the temporary files that killed processes left in a folder. Files in use are locked and stay."""
     for path in folder.glob(pattern):
         if TEMPORARY.fullmatch(path.name) and path.is_file():
-            with contextlib.suppress(OSError), open(path, "rb") as file:
+            with contextlib.suppress(OSError), open(path, "rb+") as file:  # NFS locks only writable files
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
