@@ -475,6 +475,8 @@ class Config(Section):
                 f"data.source=synthetic_faces needs data.channels=3 and a square data.image_size of at least 16 "
                 f"(got {cfg.channels} and {cfg.size_text})"
             )
+        if cfg.crop in ("ddim", "center140") and cfg.source in ("cifar10", "synthetic_faces"):
+            raise ValueError(f"data.crop={cfg.crop} is for photographs of CelebA (got data.source={cfg.source})")
         if cfg.crop_name in ("ddim", "center140") and height != width:
             raise ValueError(
                 f"data.crop={cfg.crop_name} needs a square data.image_size (got {cfg.size_text}): use data.crop=center"

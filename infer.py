@@ -39,7 +39,7 @@ def infer(config: Config, dry_run: bool) -> None:
     cfg, device = config.sampling, pick_device(config.device)
     dtype = pick_precision(cfg.precision, device)
     model = LatentDiffusion.load(config, device, dtype)
-    init = InitImage.load(cfg, model.image_shape, model.vae.downsampling)
+    init = InitImage.load(config, model.image_shape, model.vae.downsampling)
     prompts = read_prompts(config, model.unet.conditioner, device)
     rows = len(prompts.titles) or cfg.rows
     num_images, results = cfg.num_images or rows * cfg.cols, Path(config.results_dir)

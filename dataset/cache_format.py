@@ -21,7 +21,7 @@ from utils.checksums import checksum, in_background
 from utils.errors import UserError
 from utils.files import first_line, make_dir, write_atomically
 
-CACHE_VERSION = 7  # increase when the format changes
+CACHE_VERSION = 8  # increase when the format, or the rules for labels, captions or splits, change
 PIXELS = "pixels.u8"
 JOURNAL = "journal"
 TABLES = ("split.npy", "labels.npy", "meta.json")

@@ -1,6 +1,7 @@
 """data.source=huggingface: datasets of the Hugging Face hub, or local parquet, arrow and imagefolder files."""
 
 import io
+import itertools
 import re
 from pathlib import Path
 
@@ -85,8 +86,15 @@ def find_columns(features: dict, cfg: DataConfig) -> tuple[str, list[str], str |
             f"the columns are {', '.join(features)}"
         )
     labels = [cfg.label_column] if cfg.label_column else _columns(features, datasets.ClassLabel)
-    caption = cfg.caption_column or next((name for name in CAPTION_COLUMNS if name in features), None)
+    texts = [name for name in CAPTION_COLUMNS if name in features and _holds_text(features[name])]
+    caption = cfg.caption_column or next(iter(texts), None)
     return cfg.image_column or images[0], labels, caption
+
+
+def _holds_text(feature) -> bool:
+    """Return whether a column holds strings or lists of strings."""
+    feature = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _columns(features: dict, kind: type) -> list[str]:
@@ -166,6 +174,9 @@ def read_dataset(cfg: DataConfig) -> dict:
         if set(splits[name].features) != set(features):
             raise UserError(f"data.path: the splits of {cfg.path} have different columns; choose one with data.split")
     image_column, label_columns, caption_column = find_columns(features, cfg)
+    for name, column in itertools.product(codes, label_columns):
+        if splits[name].features[column] != features[column]:
+            raise UserError(f"data.label_column: {column} has different types or classes in the splits of {cfg.path}")
     try:
         parts = [splits[name].cast_column(image_column, datasets.Image(decode=False)) for name in codes]
     except Exception as error:  # the column holds no image files; the exception type varies

@@ -69,16 +69,16 @@ class DatasetIndex:
         test = f", {self.num_images(TEST):,} for testing" if self.num_images(TEST) else ""
         lines = [f"dataset: {source.account}{unused}"] if source.account else []
         lines.append(f"images: {self.num_images(TRAIN):,} for training, {self.num_images(VAL):,} for validation{test}")
+        used = self.selected[self.split[self.selected] != TEST]
         if source.label_names:
             names = [f"{name} ({len(values)})" for name, values in source.label_names.items()]
             lines.append(f"labels: {listed(names, 5)}")
-            used = self.selected[self.split[self.selected] != TEST]
             num_null = (source.labels[used] == [len(values) for values in source.label_names.values()]).sum(axis=0)
             missing = [f"{n:,} without {name}" for n, name in zip(num_null, source.label_names) if n]
             if missing:
                 lines.append(f"images with the null label: {', '.join(missing)}, of {len(used):,}")
         if source.captions is not None:
-            lines.append(f"captions: {sum(len(source.captions[i]) for i in self.selected):,}")
+            lines.append(f"captions: {sum(len(source.captions[i]) for i in used):,}")
         return lines
 
     def load(self) -> Images:
@@ -193,7 +193,8 @@ def note_other_caches(cache_dir: Path) -> None:
     """Print the other caches of this source and data.path, which come from other settings or from older files."""
     same_path = cache_dir.name.rpartition("-")[0].rpartition("-")[2]
     for other in sorted(cache_dir.parent.iterdir()):
-        if other.is_dir() and f"-{same_path}-" in other.name and other not in (cache_dir, partial_dir(cache_dir)):
+        # A partial cache, whose name starts with a dot, may belong to a run that is building it.
+        if other.is_dir() and f"-{same_path}-" in other.name and other != cache_dir and not other.name.startswith("."):
             num_bytes = sum(file.stat().st_size for file in other.iterdir())
             print(
                 f"note: {other} ({num_bytes / 1e6:,.0f} MB) is a cache of this data.path with other settings or older files; "

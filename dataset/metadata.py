@@ -80,7 +80,7 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda _: None)  # pandas writes NaN for missing values
         except ValueError as error:
             raise UserError(f"data.path: {table}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
@@ -100,7 +100,7 @@ def _find_image(file_name, table: str, images: dict[str, str], where: str) -> st
 
 def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: str) -> None:
     candidates = CAPTION_COLUMNS if cfg.caption_column is None else (cfg.caption_column,)
-    caption_column = next((column for column in candidates if row.get(column) is not None), None)
+    caption_column = next((column for column in candidates if row.get(column) not in (None, "", [])), None)
     texts = [] if caption_column is None else row[caption_column]
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -112,8 +112,9 @@ def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: 
         raise UserError(f"{where}: split must be one of {', '.join(SPLITS)} (got {split!r})")
     if split is not None:
         metadata.splits[image] = SPLITS[split.casefold()]
-    for column in row.keys() - {"file_name", "split", caption_column}:
-        if row[column] is not None:
+    texts_only = {*CAPTION_COLUMNS, caption_column} - {cfg.label_column}
+    for column in row.keys() - {"file_name", "split", caption_column if caption_column != cfg.label_column else None}:
+        if row[column] is not None and not (column in texts_only and row[column] in ("", [])):
             values = metadata.columns.setdefault(column, {})
             # None marks a value that differs between several rows of the same image.
             values[image] = row[column] if values.get(image, row[column]) == row[column] else None
@@ -142,10 +143,10 @@ def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tupl
         present = {text for text in texts if text is not None}
         if problem is None and not present:
             problem = "no image has a value"
-        if problem is None and len(present) > MAX_CLASSES:
-            problem = f"more than {MAX_CLASSES:,} values"
         if problem is None and cfg.label_column is None:
-            if len(present) * MIN_IMAGES_PER_CLASS > sum(text is not None for text in texts):
+            if len(present) > MAX_CLASSES:
+                problem = f"more than {MAX_CLASSES:,} values"
+            elif len(present) * MIN_IMAGES_PER_CLASS > sum(text is not None for text in texts):
                 problem = "text"
             elif len(present) < 2:
                 problem = "one value"
@@ -157,7 +158,7 @@ def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tupl
         labels.append([index.get(text, len(ordered)) for text in texts])
         label_names[column] = ordered
     if ignored and cfg.label_column is not None:
-        raise UserError(f"data.label_column: {ignored[0]} cannot be a label: use strings, integers or booleans")
+        raise UserError(f"data.label_column: {ignored[0]} cannot be a label; values are strings, integers or booleans")
     if ignored:
         print(f"note: columns that are not used as labels: {', '.join(ignored)}")
     return (np.array(labels, dtype=np.int64).T if labels else None), label_names

@@ -206,6 +206,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+    generated = evenly_spaced(generated, len(real))
     real = evenly_spaced(real, len(generated))  # equal sizes, because both metrics depend on them
     metrics = prc_features_to_metric(
         generated, real, prc_neighborhood=PRC_NEIGHBORS, prc_batch_size=1000, save_cpu_ram=True, verbose=False

@@ -32,7 +32,7 @@ class OutputSpec:
 
 @dataclass
 class Samples:
-    """Generated images and their statistics, on the CPU. Dictionaries are keyed by image index."""
+    """Generated images and their statistics. Dictionaries are keyed by image index."""
 
     moments: Moments
     num_clamped: int = 0  # number of clamped values in all clean estimates

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import SamplingConfig
+from config import Config, SamplingConfig
 from dataset.files import decode_image
 from sampling import image_generators, randn, slerp
 from utils.errors import UserError
@@ -46,15 +46,16 @@ class InitImage:
     strength: float  # fraction of the sampling steps to run
 
     @classmethod
-    def load(cls, cfg: SamplingConfig, image_shape: tuple[int, int, int], downsampling: int) -> "InitImage | None":
+    def load(cls, config: Config, image_shape: tuple[int, int, int], downsampling: int) -> "InitImage | None":
         """Read and check sampling.image and sampling.mask; return None if there is no image.
 
         image_shape: (H, W, C) of the model's images
         downsampling: H / h, from images to latents
         """
+        cfg = config.sampling
         if cfg.image is None:
             return None
-        pixels = read_image("sampling.image", cfg.image, image_shape)
+        pixels = read_image("sampling.image", cfg.image, image_shape, config.data.value_range)
         if cfg.mask is None:
             return cls(pixels, None, None, cfg.strength or DEFAULT_STRENGTH)
         mask = read_image("sampling.mask", cfg.mask, (*image_shape[:2], 3)).mean(axis=2) >= 128
@@ -68,10 +69,10 @@ class InitImage:
         return pixels if self.mask is None else np.where(self.mask[None, :, :, None], pixels, self.pixels)
 
 
-def read_image(key: str, path: str, shape: tuple[int, int, int]) -> np.ndarray:
+def read_image(key: str, path: str, shape: tuple[int, int, int], value_range: list[float] | None = None) -> np.ndarray:
     """Read an image file as uint8 of shape (H, W, C). `key` is the setting that error messages name."""
     try:
-        image = decode_image(Path(path).read_bytes(), channels=shape[2])
+        image = decode_image(Path(path).read_bytes(), shape[2], value_range)
     except Exception as error:  # missing file, not an image, too many pixels: many exception types
         raise UserError(f"{key}: cannot read {path} ({getattr(error, 'strerror', None) or first_line(error)})") from None
     if (image.height, image.width) != shape[:2]:

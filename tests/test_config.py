@@ -145,6 +145,7 @@ def test_all_errors_are_reported_together():
         ("vae.lr=.inf", "finite"),
         ("sampling.steps=2024-99-99", "cannot read"),
         ("name=" + 61 * "x", "name must have at most 60 characters"),
+        ("data={source: cifar10, crop: ddim}", "data.crop=ddim is for photographs of CelebA"),
         ("data.value_range=[1, 1]", "data.value_range must be two different values"),
         ("seed=99999999999999999999", "seed"),
         ("diffusion.channels=[130, 256]", "multiple of 4"),

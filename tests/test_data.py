@@ -187,7 +187,7 @@ def test_many_damaged_images_are_an_error(tmp_path, image_folder):
     (image_folder / "07.jpg").write_bytes(b"\xff\xd8 not really")
     with pytest.raises(UserError, match=r"1 of 20 images cannot be read.*07.jpg.*more than 1%"):
         load_images(settings(tmp_path, path=image_folder))
-    assert not list((tmp_path / "runs" / "cache").glob("folder*/"))  # no partial cache is left
+    assert not list((tmp_path / "runs" / "cache").glob("*/"))  # no partial cache is left
 
 
 def test_damaged_cache_is_an_error_with_remedy(tmp_path, image_folder):

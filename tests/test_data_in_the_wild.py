@@ -527,6 +527,25 @@ def test_further_columns_are_labels(tmp_path, capsys, table):
             index_dataset(settings(tmp_path, tmp_path / "in", label_column=column))
 
 
+def test_an_empty_caption_does_not_hide_another_one(tmp_path):
+    rows = [{"file_name": f"{i:02d}.png", "captions": [], "caption": "", "text": f"image {i}"} for i in range(12)]
+    source = source_with(tmp_path, rows)
+    assert source.captions == [[f"image {i}"] for i in range(12)] and not source.label_names
+
+
+def test_nan_is_a_missing_label(tmp_path):
+    """As in json.dumps of a row of pandas."""
+    rows = [{"file_name": f"{i:02d}.png", "breed": ["pug", "corgi", float("nan")][i % 3]} for i in range(12)]
+    source = source_with(tmp_path, rows)
+    assert source.labels[:, 0].tolist() == [[1, 0, 2][i % 3] for i in range(12)]
+
+
+def test_the_caption_column_can_be_the_label(tmp_path):
+    rows = [{"file_name": f"{i:02d}.png", "text": ["pug", "corgi"][i % 2]} for i in range(12)]
+    source = source_with(tmp_path, rows, label_column="text")
+    assert source.label_names == {"text": ["corgi", "pug"]} and source.labels[:2, 0].tolist() == [1, 0]
+
+
 def test_missing_and_contradictory_labels(tmp_path, capsys):
     """A missing label becomes the null label. A column that differs between the captions of one image is no label."""
     rows = [

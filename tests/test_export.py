@@ -9,6 +9,7 @@ import torch
 from conftest import Experiment
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from models.unet import UNet
@@ -54,8 +55,19 @@ def test_class_conditional_export_has_components_and_a_card(experiment):
     overrides = ["diffusion.name=m", "diffusion.condition=class", "diffusion.labels=[hat]"]
     experiment.train_all(*overrides)
     assert experiment.run("infer", *overrides) == 0
+    results = experiment.folder / "results"
+    fingerprint = Image.open(results / "tiny_m_ddim_2x3.png").text["unet_fingerprint"]
+    old = PngInfo()
+    old.add_itxt("unet_fingerprint", "0123")
+    Image.new("RGB", (8, 8)).save(results / "tiny_m_ddim_2x3-2.png", pnginfo=old)  # of older weights
+    Image.new("RGB", (8, 8)).save(results / "tiny_m_a_ddim_2x3.png")  # of the U-Net m_a
+    (results / "tiny_m_a_ddim4_generation.md").write_text("# Report of another U-Net\n\nU-Net at step 6 (0123)")
+    (results / "tiny_m_ddim4_generation.md").write_text(f"# Report of this U-Net\n\nU-Net at step 6 ({fingerprint})")
     assert experiment.run("export", *overrides) == 0
     folder = export_folder(experiment, "m")
+    card = (folder / "README.md").read_text()
+    assert "![tiny_m_ddim_2x3](samples.png)" in card
+    assert "## Report of this U-Net" in card and "another U-Net" not in card
     assert not (folder / "model_index.json").exists()
     assert UNet2DModel.from_pretrained(folder, subfolder="unet").config.num_class_embeds == 4
     assert AutoencoderKL.from_pretrained(folder, subfolder="vae").config.scaling_factor > 0

@@ -179,3 +179,25 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match="data.path is not set"):
         load_images(load_config(None, ["data.source=huggingface", f"runs_dir={tmp_path}"]))
+
+
+def test_classes_that_differ_between_splits_are_an_error(tmp_path):
+    """Otherwise, the class names of the first split would be used for all."""
+    splits = {
+        name: make_dataset(rows, breed=([0] * len(rows), ClassLabel(names=names)))
+        for name, rows, names in (("train", range(12), ["a", "b", "c"]), ("val", range(12, 20), ["a", "c"]))
+    }
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="data.label_column: breed has different types or classes in the splits"):
+        index_dataset(settings(tmp_path, tmp_path / "saved"))
+
+
+def test_only_a_column_of_text_is_a_caption_column(tmp_path, capsys):
+    label = [i % 2 for i in range(20)], ClassLabel(names=["cat", "dog"])
+    make_dataset(text=label, prompt=captions_of(range(20))).to_parquet(tmp_path / "a.parquet")
+    source = index_dataset(settings(tmp_path, tmp_path / "a.parquet")).source
+    assert source.captions[3] == ["image 3", "noise number 3"] and source.label_names == {"text": ["cat", "dog"]}
+    make_dataset(text=label).to_parquet(tmp_path / "b.parquet")
+    assert index_dataset(settings(tmp_path, tmp_path / "b.parquet")).source.captions is None
+    with pytest.raises(UserError, match="data.caption_column: text must hold a string"):
+        index_dataset(settings(tmp_path, tmp_path / "b.parquet", caption_column="text"))

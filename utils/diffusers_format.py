@@ -88,6 +88,7 @@ def unet_settings(config: dict) -> dict:
         freq_shift=0,
         norm_eps=1e-6,
         downsample_padding=1,
+        mid_block_scale_factor=1,
         center_input_sample=False,
         class_embed_type=None,
         add_attention=True,
@@ -96,7 +97,9 @@ def unet_settings(config: dict) -> dict:
     channels = list(config["block_out_channels"])
     groups, size = num_norm_groups(channels), height_width(config["sample_size"])
     expected |= dict(norm_num_groups=groups, attn_norm_num_groups=groups, out_channels=config["in_channels"])
-    _require(config, expected)
+    _require({"norm_eps": 1e-5, **config}, expected)  # 1e-5: diffusers' default
+    if config.get("act_fn", "silu") not in ("silu", "swish"):
+        raise ValueError(f"act_fn {config['act_fn']} has no counterpart in nanoLDM's UNet")
     for block in (*config["down_block_types"], *config["up_block_types"]):
         if block not in ("DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"):
             raise ValueError(f"block type {block} has no counterpart in nanoLDM's UNet")
