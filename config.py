@@ -376,9 +376,9 @@ class EvaluationConfig(Section):
     )
     features: Annotated[list[FeatureName], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = setting(
         ["inception"],
-        "feature networks, one name or a list; generation, reconstruction and latents report distances for each network. "
-        "Distances of different networks cannot be compared. efficientnet_lite0 needs no download. With [], reconstruction "
-        "and latents report no distances",
+        "feature networks, one name or a list; generation, condition, reconstruction and latents report distances for each "
+        "network. Distances of different networks cannot be compared. efficientnet_lite0 needs no download. With [], "
+        "reconstruction and latents report no distances; generation and condition need at least one network",
     )
     weights: Union[None, PathText, dict[FeatureName, PathText]] = setting(
         None,

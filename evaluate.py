@@ -4,7 +4,7 @@ evaluation.task=
   generation       generated images compared with training images: Fréchet distance, KID, precision, recall, nearest
                    training images; the same metrics for validation images and their reconstructions
   condition        images generated from the captions or labels of validation images, compared with these images and with
-                   others: feature distances, effect of the guidance scale
+                   others: feature distance, fraction of the others that are farther away, effect of the guidance scale
   reconstruction   VAE on validation images: PSNR, SSIM, the perceptual distance set by vae.perceptual, Fréchet
                    distance
   latents          statistics per latent channel, best possible PSNR, effect of clamping, rFID and iFID (explained in

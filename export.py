@@ -15,6 +15,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +132,9 @@ def scheduler_config(schedule: Schedule, prediction: str, sigma_max: float | Non
     """Return class and arguments of the diffusers scheduler that takes the same 50 steps as `ddim` with trailing spacing.
 
     DDIMScheduler takes these steps only if sampling starts at timestep T-1 and 50 divides T. For all other cases,
-    DPM-Solver of order 1 is used. It is equivalent to DDIM with eta = 0.
+    DPM-Solver of order 1 is used. It is equivalent to DDIM with eta = 0. It may round a timestep to the other neighbor.
+
+    Raises ValueError if diffusers has no such scheduler.
     """
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"diffusion.prediction={prediction} has no counterpart in diffusers' DDIM")
@@ -139,6 +142,12 @@ def scheduler_config(schedule: Schedule, prediction: str, sigma_max: float | Non
         raise ValueError("diffusion.schedule=flow has no counterpart in LDMPipeline")
     # Remove the timesteps with sigma/alpha > sigma_max, because diffusers' schedulers always start at the last timestep.
     usable = timesteps(schedule, schedule.timesteps, "trailing", sigma_max)[0] + 1
+    steps = min(CHECK_STEPS, usable)
+    if len(np.arange(usable, 0, -usable / steps)) != steps:  # computed as in diffusers, with its rounding errors
+        raise ValueError(
+            f"with {usable} usable timesteps, diffusers' schedulers take {steps + 1} instead of {steps} steps because of "
+            f"rounding errors: choose another sampling.sigma_max, which changes the number of usable timesteps"
+        )
     alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:usable]])
     common = dict(
         num_train_timesteps=usable,

@@ -202,12 +202,12 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """Return precision and recall (Kynkäänniemi et al. 2019).
 
     Precision is the fraction of generated images that are near a real image. Recall is the fraction of real images
-    that are near a generated image.
+    that are near a generated image. The larger set is reduced to the size of the smaller one.
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    generated = evenly_spaced(generated, len(real))
-    real = evenly_spaced(real, len(generated))  # equal sizes, because both metrics depend on them
+    n = min(len(generated), len(real))  # equal sizes, because both metrics depend on them
+    generated, real = evenly_spaced(generated, n), evenly_spaced(real, n)
     metrics = prc_features_to_metric(
         generated, real, prc_neighborhood=PRC_NEIGHBORS, prc_batch_size=1000, save_cpu_ram=True, verbose=False
     )

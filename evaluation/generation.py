@@ -13,7 +13,7 @@ from config import Config, SamplingConfig
 from dataset import TRAIN, evenly_spaced
 from dataset.conditions import val_conditions
 from dataset.image_cache import Images
-from evaluation.features import Features, frechet, kid, load_features, precision_recall
+from evaluation.features import KID_SUBSETS, MAX_KID_SUBSET, Features, frechet, kid, load_features, precision_recall
 from evaluation.reconstruction import reconstruct, val_pixels
 from evaluation.reports import markdown_table, print_plan, weights_origin, write_report
 from models.conditioning import Cond
@@ -72,6 +72,8 @@ def run(config: Config, dry_run: bool) -> None:
         if cond
         else "Unconditional samples.",
         comparison_table(comparisons),
+        f"KID: mean ± std over {KID_SUBSETS} random subsets of at most {MAX_KID_SUBSET:,} images. This std is not a standard "
+        f"error.",
         f"Latents: the std of generated latents is {stats['std_ratio']:.3f} times that of training latents, and "
         f"{stats['worst_channel_ratio']:.3f} times in the worst channel. {stats['clamped']:.2%} of the values of clean "
         f"estimates were clamped. {stats['out_of_range']:.2%} of pixel values were outside [-1, 1].",

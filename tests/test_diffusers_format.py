@@ -157,12 +157,14 @@ def test_vaes_without_a_counterpart_are_refused(change, message):
 
 def test_imports_without_a_counterpart_are_refused():
     config = dict(UNet2DModel(**unet_config(UNet(in_channels=4, **UNETS[2]).settings)).config)
-    for name, value in (
-        ("attention_head_dim", 24), ("norm_num_groups", 4), ("freq_shift", 1), ("downsample_padding", 0),
-        ("act_fn", "gelu"), ("mid_block_scale_factor", 2),
-    ):  # fmt: skip
+    changes = dict(attention_head_dim=24, norm_num_groups=4, freq_shift=1, downsample_padding=0)
+    for name, value in (changes | dict(act_fn="gelu", mid_block_scale_factor=2)).items():
         with pytest.raises(ValueError, match=name):
             unet_settings(config | {name: value})
+    assert unet_settings(config | {"act_fn": "swish"}) == unet_settings(config)  # two names of the same function
+    for name in ("norm_eps", "norm_num_groups"):  # diffusers' defaults are 1e-5 and 32
+        with pytest.raises(ValueError, match=name):
+            unet_settings({key: value for key, value in config.items() if key != name})
     state = dict(unet_pair(UNETS[2])[1].state_dict())
     keys, modules = (
         list(UNet(in_channels=4, **UNETS[2]).state_dict()),

@@ -65,6 +65,13 @@ def test_precision_and_recall_extremes():
     assert precision == 0.5 and 0.5 <= recall <= 1.0
 
 
+def test_precision_and_recall_compare_sets_of_equal_size():
+    """Every second row of the larger set equals the smaller set; the rows between them are far away."""
+    a = normal(100, 3)
+    larger = torch.stack([a, a + 100], dim=1).flatten(0, 1)[:-1]
+    assert precision_recall(larger, a) == precision_recall(a, larger) == (1.0, 1.0)
+
+
 # Feature networks
 
 
@@ -412,6 +419,7 @@ def test_generation_with_two_networks(trained, dinov2, clip):
     assert both["Fréchet distance", "generated, all"]["N"] == "30"
     assert both["median distance to the nearest training image", "generated"]["N"] == "30"
     assert f"{num_val} images are fewer than the 24 features of CLIP" in report and f"24 features, {clip}" in report
+    assert "KID: mean ± std over 100 random subsets of at most 1,000 images. This std is not a standard error." in report
     assert "nearest of 20 training images and their mirror images" in report and "- CLIP: the Fréchet distance" in report
     assert path.with_name("tiny_cosine_ddim4_generation_nearest.png").exists()
 

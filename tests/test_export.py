@@ -2,22 +2,30 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import Experiment
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
+from evaluation.reports import weights_origin, write_report
+from export import scheduler_config
+from models.schedules import make_schedule
 from models.unet import UNet
 from models.vae import VAE
-from sampling import image_generators
+from pipeline.model_card import report_sections, sample_section
+from sampling import image_generators, timesteps
 from utils.diffusers_format import to_diffusers, unet_config, unet_modules, vae_config
 from utils.errors import UserError
+from utils.files import keep_old_version
+from utils.images import save_png
 from utils.pretrained import load_pretrained
+from utils.settings import load_config
 
 DDIM_50 = ("sampling.sampler=ddim", "sampling.steps=50", "sampling.x0_clamp=none")
 
@@ -73,6 +81,70 @@ def test_class_conditional_export_has_components_and_a_card(experiment):
     assert AutoencoderKL.from_pretrained(folder, subfolder="vae").config.scaling_factor > 0
     card = (folder / "README.md").read_text()
     assert "0 no, 1 beanie, 2 sun hat; 3: no label" in card and "samples.png" in card and (folder / "samples.png").is_file()
+
+    shutil.rmtree(experiment.run_dir / "m")
+    retrained = [*overrides, "diffusion.lr=1e-3"]
+    assert experiment.run("train_diffusion", *retrained) == 0 and experiment.run("export", *retrained) == 0
+    assert "samples.png" not in (folder / "README.md").read_text() and not (folder / "samples.png").exists()
+
+
+def test_card_leaves_out_files_of_other_weights(tmp_path):
+    """Another U-Net whose name starts the same; the same U-Net and VAE before they were trained again."""
+    results, folder = tmp_path / "results", tmp_path / "diffusers"
+    folder.mkdir()
+    config = load_config(None, [f"results_dir={results}", "name=tiny", "diffusion.name=m"])
+    model = SimpleNamespace(checkpoint=SimpleNamespace(fingerprint="new", metadata={"vae_fingerprint": "newvae"}))
+
+    def write_grid(name: str, color: str, settings: dict) -> None:
+        save_png(Image.new("RGB", (4, 4), color), results / f"{name}.png", settings)
+
+    def write(name: str, fingerprint: str) -> None:
+        origin = weights_origin("U-Net", fingerprint, {"step": 1})
+        write_report(config, name, torch.device("cpu"), origin, f"# {name}, {fingerprint}")
+
+    write_grid("tiny_m_a_ddim_2x3", "red", {"unet_fingerprint": "other"})
+    write_grid("tiny_m_ddim_2x3", "blue", {"unet_fingerprint": "old"})
+    write_grid("tiny_m_ddim_2x3_strip", "blue", {})
+    (results / "tiny_m_ddim_1x1.png").write_bytes(b"damaged")
+    for name, fingerprint in (
+        ("tiny_m_a_ddim4_generation", "other"), ("tiny_m_ddim4_generation", "old"), ("tiny_reconstruction", "oldvae"),
+    ):  # fmt: skip
+        write(name, fingerprint)
+    assert sample_section(config, model, folder) == report_sections(config, model) == []
+
+    keep_old_version(results, "tiny_m_ddim_2x3", (".png",))
+    write_grid("tiny_m_ddim_2x3", "lime", {"unet_fingerprint": "new"})
+    write("tiny_m_unipc25_generation", "new")
+    write("tiny_reconstruction", "newvae")
+    assert "![tiny_m_ddim_2x3]" in sample_section(config, model, folder)[0]
+    assert Image.open(folder / "samples.png").getpixel((0, 0)) == (0, 255, 0)
+    titles = [section.splitlines()[0] for section in report_sections(config, model)]
+    assert titles == ["## tiny_m_unipc25_generation, new", "## tiny_reconstruction, newvae"]
+
+
+def sigma_max_for(num_timesteps: int) -> float:
+    """Return a sigma_max that leaves this number of timesteps of the cosine schedule."""
+    schedule, last = make_schedule("cosine"), torch.tensor(num_timesteps - 1)
+    return 1.0001 * float(schedule.sigma(last) / schedule.alpha(last))
+
+
+@pytest.mark.parametrize("num_timesteps", [30, 252, 254, 990, 996, 1000])
+def test_scheduler_takes_the_same_timesteps(num_timesteps):
+    sigma_max, steps = sigma_max_for(num_timesteps), min(50, num_timesteps)
+    name, arguments = scheduler_config(make_schedule("cosine"), "eps", sigma_max)
+    assert (name == "DDIMScheduler") == (num_timesteps == 1000)
+    scheduler = {"DDIMScheduler": DDIMScheduler}.get(name, DPMSolverMultistepScheduler)(**arguments)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == timesteps(make_schedule("cosine"), steps, sigma_max=sigma_max)
+
+
+@pytest.mark.parametrize("num_timesteps", [253, 987, 995])
+def test_numbers_of_timesteps_with_an_extra_step_are_refused(num_timesteps):
+    scheduler = DPMSolverMultistepScheduler(num_train_timesteps=num_timesteps, timestep_spacing="trailing")
+    scheduler.set_timesteps(50)
+    assert len(scheduler.timesteps) == 51 and int(scheduler.timesteps[-1]) == -1
+    with pytest.raises(ValueError, match=f"with {num_timesteps} usable timesteps.*sampling.sigma_max"):
+        scheduler_config(make_schedule("cosine"), "eps", sigma_max_for(num_timesteps))
 
 
 @pytest.mark.parametrize("overrides, message", [

@@ -93,13 +93,15 @@ def unet_settings(config: dict) -> dict:
         class_embed_type=None,
         add_attention=True,
         mid_block_type="UNetMidBlock2D",
+        mid_block_scale_factor=1,
     )
     channels = list(config["block_out_channels"])
     groups, size = num_norm_groups(channels), height_width(config["sample_size"])
     expected |= dict(norm_num_groups=groups, attn_norm_num_groups=groups, out_channels=config["in_channels"])
-    _require({"norm_eps": 1e-5, **config}, expected)  # 1e-5: diffusers' default
+    # Defaults of diffusers that differ from our values.
+    _require({"norm_eps": 1e-5, "norm_num_groups": 32} | config, expected)
     if config.get("act_fn", "silu") not in ("silu", "swish"):
-        raise ValueError(f"act_fn {config['act_fn']} has no counterpart in nanoLDM's UNet")
+        raise ValueError(f"act_fn must be silu or swish (got {config['act_fn']})")
     for block in (*config["down_block_types"], *config["up_block_types"]):
         if block not in ("DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"):
             raise ValueError(f"block type {block} has no counterpart in nanoLDM's UNet")
