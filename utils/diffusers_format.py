@@ -93,7 +93,6 @@ def unet_settings(config: dict) -> dict:
         class_embed_type=None,
         add_attention=True,
         mid_block_type="UNetMidBlock2D",
-        mid_block_scale_factor=1,
     )
     channels = list(config["block_out_channels"])
     groups, size = num_norm_groups(channels), height_width(config["sample_size"])
