@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import Config
 from dataset import TRAIN, VAL
-from dataset.chunks import EncodeChunk, chunk_folder, encode_in_chunks, join_chunks
+from dataset.chunks import EncodeChunk, chunk_folder, encode_in_chunks, join_chunks, remove_other_chunks
 from dataset.encodings import CaptionEmbeddings, LatentDataset
 from dataset.loader import BatchLoader
 from dataset.text_encoder import TextEncoder
@@ -72,20 +72,25 @@ def encode(config: Config, dry_run: bool) -> None:
         f"{height}x{width}x{vae.latent_channels} each, on {device} in {str(dtype)[6:]}"
     )
     print(f"files: {path} ({num_bytes / 1e6:,.0f} MB)")
-    if is_up_to_date(path, result, encoder, config):
+    up_to_date = is_up_to_date(path, result, encoder, config)
+    distributed.require_same(up_to_date, f"whether {path} is up to date", "all processes need the same files and settings")
+    if up_to_date:
         print(f"{path} is up to date")
         return
     if encoder:
         caption_bytes = len(texts) * TOKENS_PER_CAPTION * encoder.dim * 2
         num_bytes += caption_bytes
         print(f"captions: {len(texts) - 1:,}, embedded by {encoder.model}, about {caption_bytes / 1e6:,.0f} MB")
-    require_space(config.run_dir, 3 * num_bytes)  # chunks, joined chunks and the final file exist at the same time
+    inputs = f"{result['vae_fingerprint']}{images.fingerprint}{cfg.dtype}{dtype}{encoder and encoder.fingerprint}{texts}"
+    scratch = chunk_folder(config.run_dir, inputs)
+    distributed.require_same(scratch.name, "the folder for encodings", "all processes need the same files and settings")
+    num_written = sum(file.stat().st_size for file in scratch.glob("*.pt"))  # by an interrupted run
+    require_space(config.run_dir, 3 * num_bytes - num_written)  # chunks, joined chunks and the final file exist together
     if dry_run:
         return
 
     lock_folder(config.run_dir)
-    inputs = f"{result['vae_fingerprint']}{images.fingerprint}{cfg.dtype}{dtype}{encoder and encoder.fingerprint}{texts}"
-    scratch = chunk_folder(config.run_dir, inputs)
+    remove_other_chunks(scratch)
     if config.compile is True:  # "auto" does not compile here: encoding ends before compilation pays off
         compile_networks(True, device, vae.encoder)
     loader = BatchLoader([torch.from_numpy(images.pixels)], device)

@@ -23,13 +23,16 @@ EncodeChunk = Callable[[range, Callable[[int], object]], dict[str, Tensor]]
 
 
 def chunk_folder(run_dir: Path, inputs: str) -> Path:
-    """Return the folder for chunk files, named by a hash of `inputs`. Remove the chunk folders of runs with other inputs."""
-    folder = run_dir / f"encodings.chunks-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
+    """Return the folder for the chunks of these inputs."""
+    return run_dir / f"encodings.chunks-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
+
+
+def remove_other_chunks(folder: Path) -> None:
+    """Remove chunks that an interrupted run with another VAE, dataset or precision left behind."""
     if distributed.is_main():
-        for other in run_dir.glob("encodings.chunks-*"):
+        for other in folder.parent.glob("encodings.chunks-*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-    return folder
 
 
 def encode_in_chunks(folder: Path, title: str, unit: str, n: int, encode_chunk: EncodeChunk) -> list[Path]:
