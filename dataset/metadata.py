@@ -99,9 +99,10 @@ def _find_image(file_name, table: str, images: dict[str, str], where: str) -> st
 
 
 def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: str) -> None:
+    row = {column: value for column, value in row.items() if value not in (None, "", [])}
     candidates = CAPTION_COLUMNS if cfg.caption_column is None else (cfg.caption_column,)
-    caption_column = next((column for column in candidates if row.get(column) not in (None, "", [])), None)
-    texts = [] if caption_column is None else row[caption_column]
+    caption_column = next((column for column in candidates if column in row), None)
+    texts = row.get(caption_column, [])
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: {caption_column} must be a string or a list of strings (got {str(texts)[:60]})")
@@ -112,9 +113,8 @@ def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: 
         raise UserError(f"{where}: split must be one of {', '.join(SPLITS)} (got {split!r})")
     if split is not None:
         metadata.splits[image] = SPLITS[split.casefold()]
-    texts_only = {*CAPTION_COLUMNS, caption_column} - {cfg.label_column}
-    for column in row.keys() - {"file_name", "split", caption_column if caption_column != cfg.label_column else None}:
-        if row[column] is not None and not (column in texts_only and row[column] in ("", [])):
+    for column in row.keys() - {"file_name", "split"}:
+        if column != caption_column or column == cfg.label_column:
             values = metadata.columns.setdefault(column, {})
             # None marks a value that differs between several rows of the same image.
             values[image] = row[column] if values.get(image, row[column]) == row[column] else None

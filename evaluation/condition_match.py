@@ -16,7 +16,7 @@ from config import Config, SamplingConfig
 from dataset import VAL, evenly_spaced
 from dataset.conditions import titled_val_conditions
 from evaluation.features import load_features
-from evaluation.generation import generate_images
+from evaluation.generation import RECONSTRUCTED, generate_images
 from evaluation.reconstruction import MIN_VAL_IMAGES, reconstruct
 from evaluation.reports import markdown_table, print_plan, weights_origin, write_report
 from models.conditioning import LabelEmbedder
@@ -27,7 +27,7 @@ from utils.errors import UserError
 from utils.images import image_grid, save_png
 
 GRID_ROWS = 12
-RECONSTRUCTED = "validation images, reconstructed by the VAE"
+HEADER = ["images", "own", "other", "difference", "nearer", "latent std ratio"]
 
 
 def run(config: Config, dry_run: bool) -> None:
@@ -81,8 +81,7 @@ def run(config: Config, dry_run: bool) -> None:
         for label, pixels in sets.items():
             match = Match.measure(network(pixels, cfg.batch_size), val_features, titles)
             table.append([label, *match.cells(), std_ratios.get(label, "–")])
-        title = f"**{network.name}** ({val_features.shape[1]:,} features{f', {network.weights}' if network.weights else ''})"
-        paragraphs += [title, markdown_table([*HEADER, "latent std ratio"], table)]
+        paragraphs += [network.description(val_features.shape[1]), markdown_table(HEADER, table)]
     paragraphs.append(
         f"Mean feature distances of a validation image: *own*, to the image generated from its {kind}; *other*, to images "
         f"generated from another {kind}. *difference*: other - own ± its standard error (jackknife). *nearer*: fraction of images "
@@ -92,9 +91,6 @@ def run(config: Config, dry_run: bool) -> None:
     origin = weights_origin("U-Net", model.checkpoint.fingerprint, model.checkpoint.metadata)
     write_report(config, name, device, origin, "\n\n".join(paragraphs))
     save_png(match_grid(val, list(sets.values()), titles), Path(config.results_dir) / f"{name}.png")
-
-
-HEADER = ["images", "own", "other", "difference", "nearer"]
 
 
 def with_guidance(cfg: SamplingConfig, scale: float) -> SamplingConfig:

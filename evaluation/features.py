@@ -42,6 +42,10 @@ class Features:
     weights: str = ""  # file, folder or hub id, shown in reports; "" for default weights without a hub id
     fingerprint: str = ""  # hash of the weights
 
+    def description(self, dim: int) -> str:
+        """Return the name, the number of features and the weights, in Markdown."""
+        return f"**{self.name}** ({dim:,} features{f', {self.weights}' if self.weights else ''})"
+
     @torch.no_grad()
     def __call__(
         self, pixels: np.ndarray, batch_size: int, rows: np.ndarray | None = None, mirrored: bool = False

@@ -176,9 +176,7 @@ class Comparison:
         train_and_mirrored = train if mirrored is None else torch.cat([train, mirrored])
         # Use reconstructed validation images: the VAE blurs them like generated images, and blur changes distances.
         memorization = Memorization.measure(generated, reconstructed, train_and_mirrored)
-        weights = f", {network.weights}" if network.weights else ""
-        description = f"**{network.name}** ({train.shape[1]:,} features{weights})"
-        return cls(network.name, description, train.shape[1], distances, memorization)
+        return cls(network.name, network.description(train.shape[1]), train.shape[1], distances, memorization)
 
 
 RECONSTRUCTED = "validation images, reconstructed by the VAE"

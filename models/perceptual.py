@@ -48,7 +48,7 @@ def make_perceptual(net: str, weights: Path) -> nn.Module:
 
 
 def _is_torchvision_file(weights: Path) -> bool:
-    """Return whether the file, under any name, is one of torchvision's: whether its SHA-256 starts as in a name of theirs."""
+    """Return whether the file is one of torchvision's LPIPS backbones, by its SHA-256 and not by its name."""
     import torchvision.models as zoo
 
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -99,7 +99,8 @@ class Logger:
             self.tensorboard = None
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk, of which log_metrics() has warned
+            self.file.close()
         with self._turn_off_tensorboard_if_disk_full():
             if self.tensorboard:
                 self.tensorboard.close()
