@@ -154,12 +154,17 @@ class TrainingConfig(Section):
     grad_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about one more forward pass per step"
     )
-    lr: PositiveFloat = setting(2e-4, "learning rate of AdamW after warm-up")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        "muon: Muon (Jordan et al. 2024) for the weights of hidden linear layers and convolutions, AdamW for the other "
+        "parameters",
+    )
+    lr: PositiveFloat = setting(2e-4, "learning rate after warm-up")
     lr_decay: Literal["none", "cosine"] = setting(
         "none", "cosine: decay to lr/10 at the last step or at max_minutes, whichever comes first"
     )
     warmup: Count = setting(500, "steps of linear learning rate warm-up")
-    weight_decay: Weight = setting(0.0, "decoupled weight decay of AdamW")
+    weight_decay: Weight = setting(0.0, "decoupled weight decay")
     grad_clip: PositiveFloat = setting(1.0, "maximum gradient norm")
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = setting(
         0.999, "EMA decay of the weights, min(ema_decay, (1+n)/(10+n)) at step n; 0: off"

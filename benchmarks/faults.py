@@ -395,7 +395,7 @@ def results(folder: Path) -> dict:
         cache={path.name: path.read_bytes() for path in sorted(cache_dir.iterdir())},
         vae=load_file(run / "vae" / "vae.safetensors"),
         unet=load_file(run / "cosine" / "unet.safetensors"),
-        states=[{k: state[k] for k in ("step", "net", "ema", "optimizer")} for state in states],
+        states=[{k: state[k] for k in ("step", "net", "ema", "optimizers")} for state in states],
         encodings=torch.load(run / "encodings.pt", weights_only=True),
         grid=np.asarray(Image.open(grid)),
     )

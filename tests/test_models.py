@@ -7,7 +7,9 @@ import pytest
 import torch
 import torchvision.models as zoo
 from conftest import ROOT
+from torch import nn
 
+from config import DiffusionConfig
 from models.kernels import scaled_dot_product_attention
 from models.layers import Attention, ResBlock, timestep_embedding
 from models.normalizer import Normalizer
@@ -17,7 +19,7 @@ from models.unet import UNet
 from models.vae import VAE, Posterior
 from train_diffusion import build_unet, diffusion_loss, sample_timesteps
 from train_vae import build_vae
-from training.optim import EMA, learning_rate
+from training.optim import EMA, Muon, hidden_weights, learning_rate, make_optimizers, orthogonalize
 from utils.device import num_params
 from utils.settings import load_config
 
@@ -211,6 +213,48 @@ def test_unet_overfits_one_batch():
         loss.backward()
         optimizer.step()
     assert first == pytest.approx(1.0, abs=0.1) and loss.item() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(32, 288), (288, 32), (48, 48)])
+def test_orthogonalize_keeps_singular_vectors(shape):
+    """The singular values become 0.65 to 1.25; the singular vectors are those of the input, by an independent SVD."""
+    torch.manual_seed(0)
+    u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    x = u * torch.logspace(0, -2, len(s)) @ vh
+    result = u.mT @ orthogonalize(x[None])[0] @ vh.mT
+    assert 0.65 < result.diagonal().min() and result.diagonal().max() < 1.25
+    assert (result - result.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_muon_equals_torch():
+    """Five steps of torch.optim.Muon on the flattened weights of a linear layer and a convolution, within its bfloat16."""
+    torch.manual_seed(0)
+    layers = nn.Linear(24, 48), nn.Conv2d(16, 24, 3)
+    ours = [layer.weight.detach().clone().requires_grad_() for layer in layers]
+    theirs = [layer.weight.detach().flatten(1).clone().requires_grad_() for layer in layers]
+    optimizer = Muon(ours, lr=0.01, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    start = [p.detach().clone() for p in ours]
+    for _ in range(5):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.flatten(1).clone()
+        optimizer.step()
+        reference.step()
+    for a, b, before in zip(ours, theirs, start):
+        assert (a.flatten(1) - b).norm() < 0.02 * (a - before).norm()
+
+
+def test_muon_gets_the_hidden_weights():
+    """Muon updates hidden weights, AdamW everything else, and no parameter is left out."""
+    unet = small_unet(channels=[32, 64])
+    hidden = {id(p) for p in hidden_weights(unet)}
+    names = {name for name, p in unet.named_parameters() if id(p) not in hidden and p.dim() > 1}
+    assert names == {"conv_in.weight", "conv_out.weight"}
+    adamw, muon = make_optimizers(unet, DiffusionConfig(optimizer="muon"))
+    groups = [{id(p) for p in optimizer.param_groups[0]["params"]} for optimizer in (adamw, muon)]
+    assert groups[1] == hidden and not groups[0] & groups[1]
+    assert groups[0] | groups[1] == {id(p) for p in unet.parameters()}
 
 
 def test_ema_closed_form():

@@ -240,7 +240,7 @@ def test_resuming_is_bitwise_exact(experiment, tmp_path_factory):
         assert all(torch.equal(one[name], two[name]) for name in one)
         states = [torch.load(e.run_dir / folder / "state.pt", weights_only=True) for e in (experiment, resumed)]
         assert all(torch.equal(states[0]["net"][name], states[1]["net"][name]) for name in states[0]["net"])
-        assert torch.equal(*(state["optimizer"]["state"][0]["exp_avg_sq"] for state in states))
+        assert torch.equal(*(state["optimizers"][0]["state"][0]["exp_avg_sq"] for state in states))
 
 
 @pytest.mark.parametrize("damage", ["missing", "older"])

@@ -1,12 +1,85 @@
-"""EMA of the weights and the learning rate schedule."""
+"""Optimizers, EMA of the weights, and the learning rate schedule."""
 
 import copy
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import TrainingConfig
+
+
+# Coefficients of the quintic Newton-Schulz iteration of Muon, and their number of repetitions (Jordan et al. 2024)
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
+
+
+def make_optimizers(net: nn.Module, cfg: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the weights of hidden layers and AdamW for the others."""
+    muon = [] if cfg.optimizer == "adamw" else hidden_weights(net)
+    ids = {id(p) for p in muon}
+    others = [p for p in net.parameters() if id(p) not in ids]
+    optimizers = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)]
+    return optimizers + ([Muon(muon, lr=cfg.lr, weight_decay=cfg.weight_decay)] if muon else [])
+
+
+def hidden_weights(net: nn.Module) -> list[nn.Parameter]:
+    """Weights of all linear layers and convolutions except the first and the last convolution of a network."""
+    layers = [
+        (name, module) for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    return [module.weight for name, module in layers if name.split(".")[-1] not in ("conv_in", "conv_out")]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum with orthogonalized updates, for weights (out, in) and (out, in, k, k).
+
+    Updates are scaled to the RMS that those of AdamW usually have, so that both can use the same learning rate
+    (Liu et al. 2025, eq. 4).
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault((len(p), p[0].numel()), []).append(p)
+            for (rows, cols), params in by_shape.items():
+                updates = orthogonalize(torch.stack([self._nesterov(p, group["momentum"]).flatten(1) for p in params]))
+                updates *= -group["lr"] * 0.2 * max(rows, cols) ** 0.5
+                for p, update in zip(params, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view(p.shape))
+
+    def _nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
+        """Update the exponential moving average of the gradient and return it one step ahead."""
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        average = state["momentum"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Replace the singular values of each matrix (B, m, n) by values from about 0.7 to 1.2.
+
+    Runs the Newton-Schulz iteration on the Gram matrix of the shorter side, which is several times cheaper than on the
+    matrix if, as in 3x3 convolutions, n is much larger than m. Singular values below about 1e-3 of the norm become smaller.
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalize(matrices.mT).mT
+    x = matrices / (matrices.square().sum(dim=(1, 2), keepdim=True).sqrt() + 1e-12)  # singular values at most 1
+    gram, (a, b, c) = x @ x.mT, NEWTON_SCHULZ
+    eye = torch.eye(len(gram[0]), device=x.device, dtype=x.dtype).expand_as(gram)
+    product = eye
+    for i in range(NEWTON_SCHULZ_STEPS):
+        polynomial = a * eye + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = polynomial @ product
+        if i < NEWTON_SCHULZ_STEPS - 1:
+            gram = polynomial @ gram @ polynomial
+    return product @ x
 
 
 def learning_rate(cfg: TrainingConfig, step: int, minutes: float = 0.0) -> float:

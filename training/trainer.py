@@ -16,7 +16,7 @@ from tqdm import tqdm
 from config import LoggingConfig, TrainingConfig
 from training.logger import Logger, plot_curves
 from training.metrics import MetricAverager
-from training.optim import EMA, learning_rate
+from training.optim import EMA, learning_rate, make_optimizers
 from training.resume import how_to_restart, is_finished, reject_foreign_checkpoint, require_same_run
 from utils import distributed
 from utils.checkpoints import load_tensors, load_weights, save_tensors, save_weights
@@ -27,7 +27,7 @@ from utils.images import save_png
 
 
 class Trainer:
-    """Network, EMA and AdamW of a run, and the folder with its files. Resumes from folder/state.pt.
+    """Network, EMA and optimizers of a run, and the folder with its files. Resumes from folder/state.pt.
 
         with Trainer(folder, net, cfg, ...) as trainer:
             for _ in trainer:                        # seeds PyTorch before each step; saves and stops between steps
@@ -70,7 +70,7 @@ class Trainer:
         self.shard = slice(shard.start, shard.stop)  # part of the batch that this process trains on
         self.micro_batch = len(shard) if cfg.micro_batch == "auto" else min(cfg.micro_batch, len(shard))
         self.ema = EMA(net, cfg.ema_decay)
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        self.optimizers, self.lr = make_optimizers(net, cfg), cfg.lr
         self.data_verified = data_verified
         self.discriminator = discriminator
         if discriminator is not None:
@@ -177,20 +177,23 @@ class Trainer:
     # One step
 
     def step(self, forward_backward: Callable[[slice], None]) -> None:
-        """Run one optimizer step: forward, backward, gradient clipping, AdamW, EMA.
+        """Run one optimizer step: forward, backward, gradient clipping, optimizers, EMA.
 
         Calls forward_backward(micro_batch) with slices of this process's shard. If micro_batch is "auto", a micro-batch that
         does not fit in GPU memory is halved and the step starts over.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, self.steps_done, self._minutes_synced)
+        self.lr = learning_rate(self.cfg, self.steps_done, self._minutes_synced)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
         # All processes draw the same batch and use their shards of it, but dropout needs different random numbers in each.
         if not self.is_main:
             torch.manual_seed((self.seed * 1_000_003 + self.steps_done) * 1009 % 2**63 + distributed.rank())
         self._accumulate_gradients(forward_backward)
         distributed.sum_gradients(self.net)
         grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.cfg.grad_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if self.discriminator is not None and any(p.grad is not None for p in self.discriminator.parameters()):
             distributed.sum_gradients(self.discriminator)
             nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.cfg.grad_clip)
@@ -249,7 +252,7 @@ class Trainer:
         self._metrics.add_micro_batch(metrics, self.cfg.batch_size)
 
     def _zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.net.zero_grad(set_to_none=True)
         if self.discriminator is not None:
             self.discriminator_optimizer.zero_grad(set_to_none=True)
 
@@ -259,9 +262,8 @@ class Trainer:
             return
         source = f"the loss at timestep {timestep}" if timestep >= 0 else "the loss or its gradient"
         saved = "the last saved state is kept" if (self.folder / "state.pt").exists() else "no state has been saved"
-        lr = self.optimizer.param_groups[0]["lr"]
         raise Diverged(
-            f"{self.folder}: {source} is not finite in step {step} (learning rate {lr:.3g}); {saved}. "
+            f"{self.folder}: {source} is not finite in step {step} (learning rate {self.lr:.3g}); {saved}. "
             f"Use a smaller lr, or precision=float32"
         )
 
@@ -292,7 +294,7 @@ class Trainer:
         means = self._metrics.means()
         if not means:
             return
-        metrics = {f"train/{name}": value for name, value in means.items()} | {"lr": self.optimizer.param_groups[0]["lr"]}
+        metrics = {f"train/{name}": value for name, value in means.items()} | {"lr": self.lr}
         if self.steps_done == self._rate_start_step:  # no steps since the clock was restarted, so there is no rate
             self.log(metrics)
             return
@@ -354,7 +356,7 @@ class Trainer:
         state = dict(
             kind="state", identity=json.dumps(self.identity), step=self.steps_done, minutes=self.minutes,
             micro_batch_that_fit=[*self._hardware_key(), self.micro_batch],
-            net=self.net.state_dict(), ema=self.ema.net.state_dict(), optimizer=self.optimizer.state_dict(),
+            net=self.net.state_dict(), ema=self.ema.net.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
         )  # fmt: skip
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
@@ -397,7 +399,8 @@ class Trainer:
         with reject_foreign_checkpoint(path):
             self.net.load_state_dict(state["net"])
             self.ema.net.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(optimizer_state)
             if self.discriminator is not None:
                 self.discriminator.load_state_dict(state["discriminator"])
                 self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
