@@ -118,10 +118,10 @@ class DataConfig(Section):
 
 
 class PerceptualConfig(Section):
-    net: Literal["none", "vgg", "alex", "squeeze", "vgg19"] = setting(
+    net: Literal["none", "vgg", "alex", "squeeze", "vgg19", "efficientnet_lite0"] = setting(
         "vgg",
-        "perceptual loss; vgg, alex, squeeze: LPIPS (Zhang et al. 2018) with this backbone; vgg19: distance between "
-        "unit-length VGG19 features up to relu3_1; none: off",
+        "perceptual loss; vgg, alex, squeeze: LPIPS (Zhang et al. 2018) with this backbone; vgg19, efficientnet_lite0: "
+        "distance between unit-length features without LPIPS's linear heads; efficientnet_lite0 needs no download; none: off",
     )
     weight: Weight = setting(1.0, "weight of the perceptual loss; 0: off")
     weights: Optional[PathText] = setting(

