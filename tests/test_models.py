@@ -251,6 +251,11 @@ def test_muon_gets_the_hidden_weights():
     hidden = {id(p) for p in hidden_weights(unet)}
     names = {name for name, p in unet.named_parameters() if id(p) not in hidden and p.dim() > 1}
     assert names == {"conv_in.weight", "conv_out.weight"}
+    vae = small_vae(channels=[8, 16])
+    hidden_of_vae = {id(p) for p in hidden_weights(vae)}
+    outer = [(vae.encoder[i], vae.decoder[j]) for i, j in ((1, 0), (-1, -2))]
+    outer = {id(layer.weight) for pair in outer for layer in pair}
+    assert hidden_of_vae | outer == {id(p) for p in vae.parameters() if p.dim() > 1} and not hidden_of_vae & outer
     adamw, muon = make_optimizers(unet, DiffusionConfig(optimizer="muon"))
     groups = [{id(p) for p in optimizer.param_groups[0]["params"]} for optimizer in (adamw, muon)]
     assert groups[1] == hidden and not groups[0] & groups[1]

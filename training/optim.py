@@ -23,11 +23,10 @@ def make_optimizers(net: nn.Module, cfg: TrainingConfig) -> list[torch.optim.Opt
 
 
 def hidden_weights(net: nn.Module) -> list[nn.Parameter]:
-    """Weights of all linear layers and convolutions except the first and the last convolution of a network."""
-    layers = [
-        (name, module) for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
-    return [module.weight for name, module in layers if name.split(".")[-1] not in ("conv_in", "conv_out")]
+    """Weights of all linear layers and convolutions except the first and the last convolutions of a U-Net or VAE."""
+    layers = [(name, m) for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    # Only convolutions with pixels or latents as input or output are outside of blocks, for example conv_in and encoder.1.
+    return [m.weight for name, m in layers if isinstance(m, nn.Linear) or name.count(".") > 1]
 
 
 class Muon(torch.optim.Optimizer):
