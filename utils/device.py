@@ -86,7 +86,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. Includes RuntimeErrors of cuDNN, cuBLAS, Triton, Inductor and the CPU allocator."""
-    texts = "out of memory", "unable to find an engine", "ALLOC_FAILED", "can't allocate memory"
+    texts = "out of memory", "unable to find an engine", "ALLOC_FAILED", "ALLOCATION_FAILED", "can't allocate memory"
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )
