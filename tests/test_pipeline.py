@@ -705,6 +705,16 @@ def test_device_cuda_without_cuda(experiment, capsys):
             "data.image_size=32",
             "diffusion.dropout=0.2",
         ),
+        (
+            "vae.adversarial.weight=0.1",
+            "vae.adversarial.start=0",
+            "vae.adversarial.width=8",
+            "vae.attention=true",
+            "vae.grad_checkpointing=true",
+            "vae.micro_batch=3",
+            "data.image_size=32",
+        ),
+        ("vae.perceptual.net=efficientnet_lite0", "data.image_size=32", "vae.optimizer=muon", "diffusion.optimizer=muon"),
         ("diffusion.condition=class", "sampling.guidance=2", "diffusion.bottleneck=transformer"),
         (
             "text.encoder=words",
