@@ -55,7 +55,8 @@ def train(config: Config, dry_run: bool) -> None:
     dtype, folder = pick_precision(config.precision, device), config.run_dir / "vae"
     perceptual = load_perceptual(cfg.perceptual, device) if cfg.perceptual.weight > 0 else None
     index = index_dataset(config)
-    check_condition(config, index.source.label_names, index.source.captions, f"data.source={config.data.source}")
+    captions = index.source.captions and [index.source.captions[i] for i in index.rows(TRAIN)]
+    check_condition(config, index.source.label_names, captions, f"data.source={config.data.source}")
     torch.manual_seed(config.seed)
     vae = build_vae(config).to(device, memory_format=torch.channels_last)
     require_space(folder, STATE_BYTES_PER_PARAM * num_params(vae))
