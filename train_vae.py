@@ -183,7 +183,9 @@ def few_val_images(config: Config, index: DatasetIndex) -> str:
 
     The note comes before training, because the split cannot change afterwards.
     """
-    num_val, num_images = index.num_images(VAL) + index.num_images(TEST), len(index.split)
+    num_images, num_val = len(index.split), index.num_images(VAL)
+    if config.diffusion.condition == "none":  # evaluation.task=condition does not use test images
+        num_val += index.num_images(TEST)
     if num_val >= MIN_VAL_IMAGES:
         return ""
     fraction = math.ceil(1000 * MIN_VAL_IMAGES / num_images) / 1000

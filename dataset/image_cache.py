@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,9 @@ class DatasetIndex:
                 trained = set(source.labels[self.rows(TRAIN), column].tolist())
                 if untrained := [value for i, value in enumerate(values) if i not in trained]:
                     lines.append(f"values of {name} without training images: {listed(untrained, 5)}")
+                counts = Counter(value.casefold() for value in values)
+                if alike := [value for value in values if counts[value.casefold()] > 1]:
+                    lines.append(f"values of {name} that differ only in case: {listed(alike, 6)}")
             if missing:
                 lines.append(f"images with the null label: {', '.join(missing)}, of {len(used):,}")
         if source.captions is not None:

@@ -118,7 +118,7 @@ def _find_image(file_name, table: str, images: dict[str, str], where: str) -> st
 
 
 def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: str) -> None:
-    row = {column: value for column, value in row.items() if value not in (None, "", [])}
+    row = {column: value for column, value in row.items() if not _is_empty(value)}
     candidates = CAPTION_COLUMNS if cfg.caption_column is None else (cfg.caption_column,)
     caption_column = next((column for column in candidates if column in row), None)
     texts = row.get(caption_column, [])
@@ -139,6 +139,13 @@ def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: 
             values = metadata.columns.setdefault(column, {})
             # None marks a value that differs between several rows of the same image.
             values[image] = row[column] if values.get(image, row[column]) == row[column] else None
+
+
+def _is_empty(value) -> bool:
+    """Return whether a value is null, a blank string, or a list without other strings."""
+    if isinstance(value, list):
+        return all(isinstance(item, str) and not item.strip() for item in value)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def one_line(text: str) -> str:

@@ -109,6 +109,7 @@ def test_plan_names_classes_without_training_images(tmp_path):
     write_images(tmp_path / "in", numbered("train/cat", "train/dog", "val/Cat", "val/dog"))
     plan = index_dataset(settings(tmp_path, tmp_path / "in")).describe()
     assert "values of class without training images: Cat" in plan
+    assert "values of class that differ only in case: Cat, cat" in plan
 
 
 def test_a_class_may_be_called_train(tmp_path, capsys):
@@ -647,7 +648,11 @@ def test_further_columns_are_labels(tmp_path, capsys, table):
 
 
 def test_an_empty_caption_does_not_hide_another_one(tmp_path):
-    rows = [{"file_name": f"{i:02d}.png", "captions": [], "caption": "", "text": f"image {i}"} for i in range(12)]
+    empty = ([], ""), ([""], " "), ([" ", ""], None)
+    rows = [
+        {"file_name": f"{i:02d}.png", "captions": empty[i % 3][0], "caption": empty[i % 3][1], "text": f"image {i}"}
+        for i in range(12)
+    ]
     source = source_with(tmp_path, rows)
     assert source.captions == [[f"image {i}"] for i in range(12)] and not source.label_names
 
