@@ -471,6 +471,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_data(self) -> "Config":
         cfg, (height, width) = self.data, self.data.size
+        for keys, sources in (
+            (("subset", "split", "image_column"), ("huggingface",)),
+            (("label_column", "caption_column"), ("huggingface", "folder")),
+        ):
+            for key in keys:
+                if getattr(cfg, key) is not None and cfg.source not in sources:
+                    raise ValueError(f"data.{key} needs data.source={' or '.join(sources)} (got {cfg.source})")
         if cfg.channels == 4 and cfg.source not in ("folder", "huggingface"):
             raise ValueError(
                 f"data.channels=4 needs data.source=folder or huggingface: the images of {cfg.source} have no transparency"

@@ -55,7 +55,8 @@ def train(config: Config, dry_run: bool) -> None:
     dtype, folder = pick_precision(config.precision, device), config.run_dir / "vae"
     perceptual = load_perceptual(cfg.perceptual, device) if cfg.perceptual.weight > 0 else None
     index = index_dataset(config)
-    check_condition(config, index.source.label_names, index.source.captions, f"data.source={config.data.source}")
+    captions = index.source.captions and [index.source.captions[i] for i in index.rows(TRAIN)]
+    check_condition(config, index.source.label_names, captions, f"data.source={config.data.source}")
     torch.manual_seed(config.seed)
     vae = build_vae(config).to(device, memory_format=torch.channels_last)
     require_space(folder, STATE_BYTES_PER_PARAM * num_params(vae))
@@ -182,7 +183,9 @@ def few_val_images(config: Config, index: DatasetIndex) -> str:
 
     The note comes before training, because the split cannot change afterwards.
     """
-    num_val, num_images = index.num_images(VAL) + index.num_images(TEST), len(index.split)
+    num_images, num_val = len(index.split), index.num_images(VAL)
+    if config.diffusion.condition == "none":  # evaluation.task=condition does not use test images
+        num_val += index.num_images(TEST)
     if num_val >= MIN_VAL_IMAGES:
         return ""
     fraction = math.ceil(1000 * MIN_VAL_IMAGES / num_images) / 1000

@@ -2,12 +2,13 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath
 
 from config import DataConfig
 from dataset import SPLITS
 from dataset.files import Files
-from dataset.metadata import Metadata, read_tables, reject_missing
+from dataset.metadata import Metadata, one_line, read_tables, reject_missing
 from utils.errors import UserError
 from utils.files import first_line
 
@@ -17,18 +18,25 @@ TEXT_SUFFIXES = (".txt", ".caption")
 def read_sidecars(files: Files, cfg: DataConfig) -> Metadata:
     """Read all metadata tables, and the captions of each image X.jpg from X.txt and X.caption (one caption per line)."""
     metadata = read_tables(files, cfg)
+    sidecars = {}  # (path without suffix, suffix) -> path
+    for name in files.file_stats:
+        sidecars[_stem(name), PurePosixPath(name).suffix.lower()] = name
     for image in files.images:
         for suffix in TEXT_SUFFIXES:
-            path = str(PurePosixPath(image).with_suffix(suffix))
-            if path in files.file_stats:
+            if path := sidecars.get((_stem(image), suffix)):
                 texts = metadata.texts.setdefault(image, [])
                 texts += [text for text in _nonempty_lines(files.read_text(path)) if text not in texts]
                 metadata.file_stats.append([path, files.file_stats[path]])
     return metadata
 
 
+def _stem(name: str) -> str:
+    """Return the path without its suffix, NFC-normalized, because other systems write "é" as two characters."""
+    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
+
+
 def _nonempty_lines(content: str) -> list[str]:
-    return [" ".join(line.split()) for line in content.splitlines() if line.strip()]
+    return [one_line(line) for line in content.splitlines() if line.strip()]
 
 
 def read_coco(files: Files) -> Metadata:
@@ -52,7 +60,7 @@ def read_coco(files: Files) -> Metadata:
             texts: dict[str, list[str]] = {}
             for annotation in content["annotations"]:
                 image_captions = texts.setdefault(image_names[annotation["image_id"]], [])
-                image_captions.append(" ".join(annotation["caption"].split()))
+                image_captions.append(one_line(annotation["caption"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"data.path: {name} is not a COCO caption file ({first_line(error)})") from None
         missing = sorted(image for image in texts if image not in paths)

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from dataset import TEST, TRAIN, VAL
 from dataset.files import Files
 from utils.errors import UserError
 from utils.files import first_line, listed
@@ -27,7 +28,11 @@ def read_lists(files: Files, names: list[str]) -> CelebALists:
     """Read CelebA's lists for the images `names` from data.path or the two folders above it. A missing list gives None."""
     lists = CelebALists()
     if (partition := _read_list(files, PARTITION, lists)) is not None:
-        lists.split = np.array(_rows_of(names, partition, 1, PARTITION), dtype=np.uint8)[:, 0]
+        split = np.array(_rows_of(names, partition, 1, PARTITION))[:, 0]
+        if not np.isin(split, (TRAIN, VAL, TEST)).all():
+            wrong = int(split[~np.isin(split, (TRAIN, VAL, TEST))][0])
+            raise UserError(f"{PARTITION}: a partition must be 0 (train), 1 (validation) or 2 (test) (got {wrong})")
+        lists.split = split.astype(np.uint8)
     else:
         print(f"note: no {PARTITION}.txt or .csv in or next to {files.path}: CelebA's official split is not used")
     if (attributes := _read_list(files, ATTRIBUTES, lists)) is not None:

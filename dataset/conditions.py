@@ -97,6 +97,8 @@ def check_condition(
             counts.update(words := set(split_words(caption)))
             if any(counts[word] >= MIN_WORD_COUNT for word in words):
                 return
+        if not any(chain.from_iterable(captions)):
+            raise UserError(f"diffusion.condition=text: all training captions of {origin} are empty")
         if config.text.encoder == "words":
             raise UserError(f"text.encoder=words: no word occurs in at least {MIN_WORD_COUNT} captions of {origin}")
 

@@ -1,5 +1,6 @@
 """List the files of a folder or zip; decode, crop and resize images."""
 
+import contextlib
 import io
 import os
 import stat
@@ -24,9 +25,10 @@ TABLE_SUFFIXES = set(".txt .caption .json .jsonl .csv .tsv .xml .yaml .yml .parq
 RAW_SUFFIXES = set(".dng .nef .cr2 .arw .orf .rw2 .pef .srw".split())  # Pillow would read only the thumbnail
 # Files and folders, in lower case, that operating systems, network drives and archive programs create
 SYSTEM_NAMES = set(
-    "__macosx thumbs.db ehthumbs.db desktop.ini icon\r $recycle.bin recycler #recycle @recycle #snapshot @eadir @tmp "
-    "@__thumb lost+found __pycache__".split(" ")
-) | {"system volume information"}
+    "__macosx thumbs.db ehthumbs.db desktop.ini icon\r $recycle.bin recycler recycled #recycle @recycle #snapshot ~snapshot "
+    "@recently-snapshot @eadir @tmp @__thumb lost+found lost.dir found.000 __pycache__".split(" ")
+) | {"system volume information", "network trash folder", "temporary items"}
+TEMPORARY_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".tmp", ".bak", "~")  # partial downloads, backups
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 CELEBA_SIZE = (178, 218)
 CELEBA_BOXES = {"ddim": (25, 57, 153, 185), "center140": (19, 39, 159, 179)}  # left, top, right, bottom in a 178×218 image
@@ -43,6 +45,7 @@ class Files:
         if path is None:
             raise UserError("data.path is not set: set it to a folder or zip of images")
         self.path, self.zip = Path(path), None
+        check_path(path)
         self.skipped: Counter[str] = Counter()  # reason -> number of files
         self.texts_read: set[str] = set()  # files read with read_text()
         if self.path.is_dir():
@@ -75,6 +78,8 @@ class Files:
             if is_system_file(name):
                 self.skipped["hidden or system files"] += 1
             else:
+                if printable(name) in entries:
+                    self.skipped["names that look alike when they are escaped"] += 1
                 entries[printable(name)] = path
         return entries
 
@@ -105,7 +110,7 @@ class Files:
         entries = {}
         for entry in self.zip.infolist():
             name = zip_name(entry)
-            if name.endswith("/"):  # a folder
+            if name.endswith("/") or not name:  # a folder
                 continue
             if is_system_file(name):
                 self.skipped["hidden or system files"] += 1
@@ -123,6 +128,8 @@ class Files:
 
     def _is_image(self, name: str) -> bool:
         suffix = PurePosixPath(name).suffix.lower()
+        if suffix.endswith(TEMPORARY_SUFFIXES):
+            return False
         if suffix in IMAGE_SUFFIXES or suffix in TABLE_SUFFIXES or suffix in RAW_SUFFIXES:
             return suffix in IMAGE_SUFFIXES
         try:
@@ -158,7 +165,7 @@ class Files:
         left_out: reason -> number of images that are not part of the dataset
         """
         others = self._entries.keys() - self.texts_read - set(self.images)
-        suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in others)
+        suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in sorted(others))
         kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in suffixes.most_common(5)) + (", …" if len(suffixes) > 5 else "")
         reasons = {**self.skipped, **left_out} | ({f"other files ({kinds})": len(others)} if others else {})
         skipped = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items() if n)
@@ -166,6 +173,16 @@ class Files:
             f"{self.num_found:,} files found: {num_used:,} images, {len(self.texts_read):,} files with captions or labels, "
             f"{sum(reasons.values()):,} skipped" + (f": {skipped}" if skipped else "")
         )
+
+
+def check_path(path: str) -> None:
+    """Raise UserError if a path cannot be looked up, for example because it is too long."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the caller may accept other names than paths
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.path: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def is_system_file(name: str) -> bool:
@@ -186,7 +203,8 @@ def zip_name(entry: zipfile.ZipInfo) -> str:
         except UnicodeDecodeError:
             name = content.decode("utf-8", "surrogateescape") if entry.create_system == 3 else name
     name = name.replace("\\", "/")  # written by some Windows programs
-    return str(PurePosixPath(name)).lstrip("/") + ("/" if name.endswith("/") else "")
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return "/".join(parts) + ("/" if name.endswith("/") else "")
 
 
 def _stats(entry: Path | zipfile.ZipInfo) -> list[int]:
@@ -209,7 +227,9 @@ def decode_image(content: bytes, channels: int = 3, value_range: list[float] | N
     except UnidentifiedImageError:
         start = f"it starts with {content[:30]!r}" if content else "it is empty"
         raise UnidentifiedImageError(f"not an image that Pillow can read: {start}") from None
-    ImageOps.exif_transpose(image, in_place=True)  # a copy would lose image.format, which to_8_bit_srgb() needs
+    image.load()  # before EXIF, so that damaged pixels raise an error
+    with contextlib.suppress(Exception):  # damaged EXIF data raise many exception types
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose image.format, which to_8_bit_srgb() needs
     image = to_8_bit_srgb(image, value_range)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

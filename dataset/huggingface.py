@@ -3,6 +3,7 @@
 import io
 import itertools
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy as np
 from config import DataConfig
 from dataset import SPLITS, TEST, TRAIN, VAL, evenly_spaced
 from dataset.color import NUM_PROBED, check_value_range
-from dataset.files import crop_and_resize, decode_image
-from dataset.metadata import CAPTION_COLUMNS
+from dataset.files import check_path, crop_and_resize, decode_image
+from dataset.metadata import CAPTION_COLUMNS, one_line
 from utils.errors import UserError
 from utils.files import first_line
 
@@ -25,6 +26,7 @@ def load_splits(cfg: DataConfig) -> dict:
         raise UserError("data.path is not set: set it to a hub id, or to a folder or file of a dataset")
     import datasets
 
+    check_path(cfg.path)
     path = Path(cfg.path)
     if not path.exists() and not HUB_ID.fullmatch(cfg.path):
         raise UserError(f"data.path: {cfg.path} is neither a path that exists nor a hub id")
@@ -72,8 +74,8 @@ def split_codes(splits: dict, cfg: DataConfig) -> dict[str, int]:
     return codes
 
 
-def find_columns(features: dict, cfg: DataConfig) -> tuple[str, list[str], str | None]:
-    """Return the names of the image column, the label columns and the caption column."""
+def find_columns(features: dict, cfg: DataConfig) -> tuple[str, list[str], list[str]]:
+    """Return the names of the image column, the label columns and the caption columns."""
     import datasets
 
     for key in ("image_column", "label_column", "caption_column"):
@@ -87,8 +89,7 @@ def find_columns(features: dict, cfg: DataConfig) -> tuple[str, list[str], str |
         )
     labels = [cfg.label_column] if cfg.label_column else _columns(features, datasets.ClassLabel)
     texts = [name for name in CAPTION_COLUMNS if name in features and _holds_text(features[name])]
-    caption = cfg.caption_column or next(iter(texts), None)
-    return cfg.image_column or images[0], labels, caption
+    return cfg.image_column or images[0], labels, [cfg.caption_column] if cfg.caption_column else texts
 
 
 def _holds_text(feature) -> bool:
@@ -112,7 +113,8 @@ def read_labels(column: list, feature, name: str) -> tuple[np.ndarray, list[str]
     else:
         if any(isinstance(value, (float, list, dict, bytes)) for value in column):
             raise UserError(f"data.label_column: {name} must hold strings, integers or booleans (it has type {feature})")
-        values = sorted({value for value in column if value is not None and str(value).strip()})
+        column = [unicodedata.normalize("NFC", value).strip() if isinstance(value, str) else value for value in column]
+        values = sorted({value for value in column if value not in (None, "")})
         index = {value: i for i, value in enumerate(values)}
         names = [{True: "yes", False: "no"}[v] if isinstance(v, bool) else str(v) for v in values]
         labels = np.array([index.get(value, -1) for value in column], dtype=np.int64)
@@ -126,7 +128,7 @@ def read_captions(column: list, name: str) -> list[list[str]]:
         texts = [value] if value is None or isinstance(value, str) else value
         if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
             raise UserError(f"data.caption_column: {name} must hold a string or a list of strings (got {str(value)[:60]!r})")
-        captions.append([" ".join(text.split()) for text in texts if text and text.strip()] or [""])
+        captions.append([one_line(text) for text in texts if text and text.strip()] or [""])
     return captions
 
 
@@ -173,7 +175,7 @@ def read_dataset(cfg: DataConfig) -> dict:
     for name in codes:
         if set(splits[name].features) != set(features):
             raise UserError(f"data.path: the splits of {cfg.path} have different columns; choose one with data.split")
-    image_column, label_columns, caption_column = find_columns(features, cfg)
+    image_column, label_columns, caption_columns = find_columns(features, cfg)
     for name, column in itertools.product(codes, label_columns):
         if splits[name].features[column] != features[column]:
             raise UserError(f"data.label_column: {column} has different types or classes in the splits of {cfg.path}")
@@ -199,15 +201,21 @@ def read_dataset(cfg: DataConfig) -> dict:
             raise UserError(f"data.label_column: no image of {cfg.path} has a value of {name}")
         else:
             print(f"note: column {name} is not used as a label, because no image has a value")
+    captions = None
+    for name in caption_columns:  # as in a folder, an image uses the first column in which it has a caption
+        texts = read_captions(column(name), name)
+        captions = texts if captions is None else [a if a != [""] else b for a, b in zip(captions, texts)]
+    if captions and all(texts == [""] for texts in captions):
+        captions = None
     return dict(
         names=[f"{name}-{i:08d}" for name, part in zip(codes, parts) for i in range(len(part))],
         read=image_reader(parts, image_column, cfg),
         cache_key=[
             [[name, len(splits[name]), splits[name]._fingerprint] for name in codes],
-            [image_column, label_columns, caption_column, cfg.value_range],
+            [image_column, label_columns, caption_columns, cfg.value_range],
         ],
         split=split if len(codes) > 1 else None,
         labels=np.stack(labels, axis=1) if labels else None,
         label_names=label_names,
-        captions=read_captions(column(caption_column), caption_column) if caption_column else None,
+        captions=captions,
     )

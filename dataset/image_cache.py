@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from utils.locks import locked
 MIN_TRAIN_IMAGES = 8
 MAX_DAMAGED_FRACTION = 0.01  # a larger fraction of unreadable images is an error
 ABORT_AFTER_DAMAGED = 100  # decoding stops early only if more images than this are unreadable
+NUM_SAMPLED = 8  # images that are read before the cache is built, to find out whether any can be read
 BLOCK_SIZE = 64  # images per block; a block is decoded by one thread and has one checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)  # blocks that are decoded ahead of the one being written
 
@@ -55,8 +56,12 @@ class DatasetIndex:
     image_shape: tuple[int, int, int]  # (height, width, C)
     cache_dir: Path
 
+    def rows(self, split: int) -> np.ndarray:
+        """Return the indices of the selected images of a split."""
+        return self.selected[self.split[self.selected] == split]
+
     def num_images(self, split: int) -> int:
-        return int((self.split[self.selected] == split).sum())
+        return len(self.rows(split))
 
     @property
     def image_bytes(self) -> int:
@@ -75,6 +80,13 @@ class DatasetIndex:
             lines.append(f"labels: {listed(names, 5)}")
             num_null = (source.labels[used] == [len(values) for values in source.label_names.values()]).sum(axis=0)
             missing = [f"{n:,} without {name}" for n, name in zip(num_null, source.label_names) if n]
+            for column, (name, values) in enumerate(source.label_names.items()):
+                trained = set(source.labels[self.rows(TRAIN), column].tolist())
+                if untrained := [value for i, value in enumerate(values) if i not in trained]:
+                    lines.append(f"values of {name} without training images: {listed(untrained, 5)}")
+                counts = Counter(value.casefold() for value in values)
+                if alike := [value for value in values if counts[value.casefold()] > 1]:
+                    lines.append(f"values of {name} that differ only in case: {listed(alike, 6)}")
             if missing:
                 lines.append(f"images with the null label: {', '.join(missing)}, of {len(used):,}")
         if source.captions is not None:
@@ -120,7 +132,7 @@ def index_dataset(config: Config) -> DatasetIndex:
         ]
     )
     path = os.path.abspath(cfg.path) if cfg.path else cfg.source
-    digests = (hashlib.sha256(text.encode()).hexdigest() for text in (path, key))
+    digests = (hashlib.sha256(os.fsencode(text)).hexdigest() for text in (path, key))
     cache_name = f"{cfg.source}{cfg.size_text}-{next(digests)[:8]}-{next(digests)[:12]}"
     index = DatasetIndex(
         source=source,
@@ -133,12 +145,22 @@ def index_dataset(config: Config) -> DatasetIndex:
         partial = partial_dir(index.cache_dir) / PIXELS
         num_bytes = int(1.1 * len(index.selected) * index.image_bytes)
         require_space(index.cache_dir, num_bytes - (partial.stat().st_size if partial.exists() else 0))
+        require_readable(index)
     if index.num_images(TRAIN) < MIN_TRAIN_IMAGES or index.num_images(VAL) < 1:
         raise UserError(
             f"data: too few images: at least {MIN_TRAIN_IMAGES} for training and 1 for validation are needed "
             f"(got {index.num_images(TRAIN)} and {index.num_images(VAL)} of {len(source.names)} images)"
         )
     return index
+
+
+def require_readable(index: DatasetIndex) -> None:
+    """Raise UserError if none of a few images can be read, so that a dry run finds, for example, pointers of git-lfs."""
+    sample = evenly_spaced(index.selected, NUM_SAMPLED).tolist()
+    images = index.source.read(sample)
+    if sample and all(isinstance(image, str) for image in images):
+        first = index.source.names[sample[0]]
+        raise UserError(f"data: none of {len(sample)} images, sampled evenly, can be read; first: {first}: {images[0]}")
 
 
 def load_images(config: Config) -> Images:
@@ -249,6 +271,8 @@ def table_contents(index: DatasetIndex, blocks: list[Block]) -> tuple[np.ndarray
     """Return the split (N,), labels (N, K) and other metadata of the readable images, for write_tables()."""
     source, damaged = index.source, {i for block in blocks for i, _ in block.damaged}
     good = [i for i in index.selected.tolist() if i not in damaged]
+    if not (index.split[good] == VAL).any():
+        raise UserError("data: no validation image can be read; the first errors are listed above")
     labels = np.zeros((len(good), 0), dtype=np.int64) if source.labels is None else source.labels[good]
     meta = dict(
         count=len(good),

@@ -1,12 +1,13 @@
 """Infer splits and classes from folder names: train/, val/ and test/ are splits, and other folders are classes."""
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from dataset import SPLITS, TRAIN
+from dataset import SPLITS, TRAIN, split_id
 
 MAX_STRAY_FRACTION = 0.25  # folders are not classes if a larger fraction of the training images is outside them
 
@@ -35,19 +36,17 @@ def _read_splits(folders: Folders) -> Layout:
     """Look for split folders, and for class folders inside them."""
     folders = _without_shared(folders)
     for depth in (0, 1):  # train/cat or cat/train
-        split_of = {
-            name: parts[depth] for name, parts in folders.items() if len(parts) > depth and parts[depth].casefold() in SPLITS
-        }
-        is_split = len({SPLITS[folder.casefold()] for folder in split_of.values()}) > 1
-        if is_split and (depth == 0 or len(split_of) == len(folders)):
-            splits = {name: SPLITS[folder.casefold()] for name, folder in split_of.items()}
+        ids = {name: split_id(parts[depth]) for name, parts in folders.items() if len(parts) > depth}
+        splits = {name: split for name, split in ids.items() if split is not None}
+        few_stray = len(folders) - len(splits) <= MAX_STRAY_FRACTION * len(folders)
+        if len(set(splits.values())) > 1 and (depth == 0 or few_stray):
             inner = {name: folders[name][:depth] + folders[name][depth + 1 :] for name in splits}
             layout = _read_classes(inner, {name for name, split in splits.items() if split == TRAIN})
             layout.splits = {name: split for name, split in splits.items() if name not in layout.left_out}
             layout.left_out |= {
                 name: f"images in {parts[0]}/ next to the split folders" if parts else "images next to the split folders"
                 for name, parts in folders.items()
-                if name not in split_of
+                if name not in splits
             }
             return layout
     return _read_classes(folders, set(folders))
@@ -72,8 +71,9 @@ def _read_classes(folders: Folders, train: set[str]) -> Layout:
         return Layout()
     if len({parts[0] for parts in inside.values()}) > 1:
         layout = Layout(classes={name: unicodedata.normalize("NFC", parts[0]) for name, parts in inside.items()})
-        for folder in {name for name in layout.classes.values() if name.casefold() in SPLITS}:
-            print(f"note: folder {folder}/ is read as a class, because not all folders have names of splits")
+        for folder in sorted(set(layout.classes.values())):
+            if SPLITS.keys() & re.split(r"[\W_\d]+", folder.casefold()):
+                print(f"note: folder {folder}/ is read as a class, because not all folders have names of splits")
     else:
         layout = _read_splits(inside) if stray else Layout()
     if layout.splits or layout.classes:

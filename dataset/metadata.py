@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import posixpath
 import re
 import unicodedata
 from dataclasses import dataclass, field
@@ -12,14 +13,16 @@ from typing import Iterator
 import numpy as np
 
 from config import DataConfig
-from dataset import SPLITS
+from dataset import SPLITS, split_id
 from dataset.files import Files
 from utils.errors import UserError
 from utils.files import listed, printable
 
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "captions.jsonl")
 CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")  # a row uses the first that is not empty
+KNOWN_COLUMNS = ("file_name", "split", *CAPTION_COLUMNS)
 MAX_CLASSES = 1000  # distinct values of a label
+MISSING = ("", "nan", "<na>", "n/a", "#n/a")  # values in a CSV file, in lower case, that stand for a missing value
 MIN_IMAGES_PER_CLASS = 2  # on average; a column with fewer images per value holds free text or numbers, not labels
 
 
@@ -36,13 +39,14 @@ class Metadata:
 def read_tables(files: Files, cfg: DataConfig) -> Metadata:
     """Read all metadata files. Paths in a file are relative to its folder. An image may have several rows with captions."""
     metadata, known_columns = Metadata(), set()
-    images = {unicodedata.normalize("NFC", name): name for name in files.images}
+    images = {unicodedata.normalize("NFC", name): name for name in files.images} | {name: name for name in files.images}
     for table in files.file_stats:
         if PurePosixPath(table).name.casefold() not in TABLE_NAMES:
             continue
         metadata.file_stats.append([table, files.file_stats[table]])
         missing = []
         for line, row in _rows(files, table):
+            row = _with_known_names(row, cfg)
             where = f"data.path: {table}, line {line}"
             known_columns |= row.keys()
             image = _find_image(row.get("file_name"), table, images, where)
@@ -65,15 +69,23 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
     if table.casefold().endswith(".csv"):
         header = content.split("\n", 1)[0]
         # In countries with a decimal comma, spreadsheet programs separate columns by semicolons.
-        delimiter = next((d for d in ",;\t" if "file_name" in re.split(f'[{d}"\r]', header)), ",")
-        reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
+        delimiter = next((d for d in ",;\t|" if re.search(f'(^|[{d}"])\\s*file_name\\s*([{d}"\r]|$)', header, re.I)), ",")
+        # strict: a quotation mark that is not closed is an error; otherwise, all rows after it would become one caption
+        reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
+            columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
+            if repeated := [column for i, column in enumerate(columns) if column and column in columns[:i]]:
+                raise UserError(f"data.path: {table}: column {repeated[0]!r} is repeated")
             for row in reader:
                 if None in row:
-                    raise csv.Error(f"more values than the {len(reader.fieldnames)} columns")
-                yield reader.line_num, {column: value or None for column, value in row.items()}
+                    where = f"data.path: {table}, line {reader.line_num}"
+                    raise UserError(f"{where}: more values than the {len(columns)} columns")
+                row = {column: value for column, value in row.items() if value and value.strip().casefold() not in MISSING}
+                if row:  # spreadsheet programs may write rows of empty cells
+                    yield reader.line_num, dict.fromkeys(columns) | row
         except csv.Error as error:
-            raise UserError(f"data.path: {table}, line {reader.line_num}: {error}") from None
+            hint = ": a quotation mark is not closed" if "end of data" in str(error) else ""
+            raise UserError(f"data.path: {table}, line {reader.line_num + 1}: {error}{hint}") from None
         return
     # Not splitlines(), which would also split at Unicode line separators inside strings.
     for number, line in enumerate(content.split("\n"), start=1):
@@ -88,36 +100,57 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
+def _with_known_names(row: dict, cfg: DataConfig) -> dict:
+    """Rename columns such as "Split" or "TEXT", whose names differ from KNOWN_COLUMNS only in case."""
+    renamed = {column: column.casefold() for column in row if column not in (cfg.caption_column, cfg.label_column)}
+    renamed = {column: name for column, name in renamed.items() if name in KNOWN_COLUMNS and name not in row}
+    return {renamed.get(column, column): value for column, value in row.items()}
+
+
 def _find_image(file_name, table: str, images: dict[str, str], where: str) -> str | None:
     if not isinstance(file_name, str):
         raise UserError(f"{where}: expected the path of an image in file_name (got {file_name!r})")
-    for path in (file_name, file_name.replace("\\", "/")):
-        name = str(PurePosixPath(table).parent / PurePosixPath(path))
-        if image := images.get(unicodedata.normalize("NFC", printable(name))):
+    for path in (file_name, file_name.replace("\\", "/"), file_name.strip()):
+        name = printable(posixpath.normpath(PurePosixPath(table).parent / path))
+        if image := images.get(name) or images.get(unicodedata.normalize("NFC", name)):
             return image
     return None
 
 
 def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: str) -> None:
-    row = {column: value for column, value in row.items() if value not in (None, "", [])}
+    row = {column: value for column, value in row.items() if not _is_empty(value)}
     candidates = CAPTION_COLUMNS if cfg.caption_column is None else (cfg.caption_column,)
     caption_column = next((column for column in candidates if column in row), None)
     texts = row.get(caption_column, [])
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: {caption_column} must be a string or a list of strings (got {str(texts)[:60]})")
-    if texts := [" ".join(text.split()) for text in texts if text.strip()]:
+    if texts := [one_line(text) for text in texts if text.strip()]:
         metadata.texts.setdefault(image, []).extend(texts)
     split = row.get("split")
-    if split is not None and (not isinstance(split, str) or split.casefold() not in SPLITS):
-        raise UserError(f"{where}: split must be one of {', '.join(SPLITS)} (got {split!r})")
     if split is not None:
-        metadata.splits[image] = SPLITS[split.casefold()]
+        code = split_id(split.strip()) if isinstance(split, str) else None
+        if code is None:
+            raise UserError(f"{where}: split must be one of {', '.join(SPLITS)} (got {split!r})")
+        if metadata.splits.setdefault(image, code) != code:
+            raise UserError(f"{where}: split of {image} is {split!r} here, but differs in another row")
     for column in row.keys() - {"file_name", "split"}:
         if column != caption_column or column == cfg.label_column:
             values = metadata.columns.setdefault(column, {})
             # None marks a value that differs between several rows of the same image.
             values[image] = row[column] if values.get(image, row[column]) == row[column] else None
+
+
+def _is_empty(value) -> bool:
+    """Return whether a value is null, a blank string, or a list without other strings."""
+    if isinstance(value, list):
+        return all(isinstance(item, str) and not item.strip() for item in value)
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def one_line(text: str) -> str:
+    """Return a caption as one line of valid UTF-8. JSON can contain halves of surrogate pairs, of emoji cut in two."""
+    return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 
 def reject_missing(missing: list[str], name: str, what: str) -> None:

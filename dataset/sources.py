@@ -62,13 +62,17 @@ def _add_captions(source: Source, metadata: Metadata) -> None:
     source.cache_key = [source.cache_key, metadata.file_stats]
     if any(texts.values()):
         source.captions = [texts.get(n) or [""] for n in source.names]
-        if num_missing := sum(captions == [""] for captions in source.captions):
-            total = len(source.names)
-            print(f"note: {num_missing:,} of {total:,} images have no caption and get the empty caption (null condition)")
+        _note_missing_captions(source)
     if splits:
         source.split = use_test_if_no_val(np.array([splits.get(n, TRAIN) for n in source.names], dtype=np.uint8))
         if num_missing := len(source.names) - len(splits):
             print(f"note: {num_missing:,} of {len(source.names):,} images have no split and are used for training")
+
+
+def _note_missing_captions(source: Source) -> None:
+    if source.captions and (num_missing := source.captions.count([""])):
+        total = len(source.names)
+        print(f"note: {num_missing:,} of {total:,} images have no caption and get the empty caption (null condition)")
 
 
 def folder(cfg: DataConfig, seed: int) -> Source:
@@ -76,6 +80,8 @@ def folder(cfg: DataConfig, seed: int) -> Source:
     files = Files(cfg.path)
     layout, metadata = read_layout(files.images), read_sidecars(files, cfg)
     names = [n for n in files.images if n not in layout.left_out]
+    if differing := [n for n, split in metadata.splits.items() if layout.splits.get(n, split) != split]:
+        print(f"note: the split of {listed(differing)} is that of the metadata file, not that of the folder")
     metadata.splits = layout.splits | metadata.splits
     source = _source_from_files(files, names, cfg)
     _add_captions(source, metadata)
@@ -187,7 +193,9 @@ def synthetic_faces(cfg: DataConfig, seed: int) -> Source:
 
 def huggingface(cfg: DataConfig, seed: int) -> Source:
     """A dataset of the Hugging Face hub, or local parquet, arrow and imagefolder files."""
-    return Source(**read_dataset(cfg))
+    source = Source(**read_dataset(cfg))
+    _note_missing_captions(source)
+    return source
 
 
 SOURCES = {

@@ -52,6 +52,8 @@ def run(config: Config, dry_run: bool) -> None:
     rows = evenly_spaced(images.rows(VAL), cfg.num_images)
     if len(rows) < MIN_VAL_IMAGES:
         raise UserError(f"evaluation.task=condition needs at least {MIN_VAL_IMAGES} validation images (got {len(rows)})")
+    cond, titles = titled_val_conditions(model.unet.conditioner, encodings, len(rows), device)
+    other_conditions(titles)  # checks that they are not all the same
     networks = load_features(cfg, device)
     kind = "labels" if isinstance(model.unet.conditioner, LabelEmbedder) else "caption"
     sampler = f"{config.sampling.sampler} with {config.sampling.steps} steps"
@@ -63,7 +65,6 @@ def run(config: Config, dry_run: bool) -> None:
         return
 
     val = images.pixels[rows]
-    cond, titles = titled_val_conditions(model.unet.conditioner, encodings, len(rows), device)
     sets = {RECONSTRUCTED: reconstruct(model.vae, val, cfg.batch_size, device, dtype)}
     std_ratios = {}
     for sampling in settings:
@@ -116,11 +117,7 @@ class Match:
     def measure(cls, generated: Tensor, val: Tensor, titles: list[str]) -> "Match":
         """Compare features (N, D). Image i was generated from titles[i], the condition of validation image i."""
         distances = torch.cdist(val.double(), generated.double(), compute_mode="donot_use_mm_for_euclid_dist")  # (val, gen)
-        _, ids = np.unique(titles, return_inverse=True)
-        is_other = torch.from_numpy(ids[:, None] != ids[None, :])
-        if not is_other.any(dim=1).all():
-            raise UserError("evaluation.task=condition: all validation images have the same condition")
-
+        is_other = other_conditions(titles)
         counts, own = is_other.sum(dim=1), distances.diagonal()
         sums = (distances * is_other).sum(dim=1)
         other = sums / counts
@@ -136,6 +133,14 @@ class Match:
     def cells(self) -> list[str]:
         difference = f"{self.difference:.3f} ± {self.standard_error:.3f}"
         return [f"{self.own:.3f}", f"{self.other:.3f}", difference, f"{self.nearer:.1%}"]
+
+
+def other_conditions(titles: list[str]) -> Tensor:
+    """Return (N, N) bool: whether images i and j have different conditions."""
+    _, ids = np.unique(titles, return_inverse=True)
+    if len(set(titles)) < 2:
+        raise UserError("evaluation.task=condition: all validation images have the same condition")
+    return torch.from_numpy(ids[:, None] != ids[None, :])
 
 
 def match_grid(val: np.ndarray, sets: list[np.ndarray], titles: list[str]) -> Image:

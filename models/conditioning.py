@@ -187,7 +187,8 @@ class TextEmbedder(Conditioner):
 
 
 # In scripts without spaces between words, each grapheme (a character with its combining marks) is a word.
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Javanese}\p{Balinese}"
+UNSPACED += r"\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}"
 # In other scripts, a word is a run of letters, digits, vowel signs (Mn, Mc) and joiners. Variation selectors (which follow
 # emoji) also belong to category Mn, but words do not include them.
 LETTERS = rf"[[\p{{L}}\p{{N}}]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{Mn}}\p{{Mc}}\u200c\u200d]--[{UNSPACED}\uFE00-\uFE0F]]*"

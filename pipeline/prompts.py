@@ -1,5 +1,6 @@
 """Convert sampling.labels or sampling.prompts to conditions, one per row of the grid."""
 
+import re
 import unicodedata
 from dataclasses import dataclass, field
 
@@ -115,8 +116,11 @@ def _class_index(label: str, value: str, classes: list[str]) -> int:
     for name in (value, YES_NO.get(value.lower())):
         if name in names:
             return names[name]
-    if value in (indices := [str(i) for i in range(len(classes))]):
-        return indices.index(value)
-    listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
+    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in classes)
+    # If all classes are numbers, a number is a name, not an index: 1 stands for "001", also if "001" has index 0.
+    numbers = [str(int(name)) if are_numbers else str(i) for i, name in enumerate(classes)]
+    if numbers.count(value) == 1:
+        return numbers.index(value)
+    listed = ", ".join(name if are_numbers else f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
     more = " …" if len(classes) > MAX_LISTED else ""
     raise UserError(f"sampling.labels: {label} has no value {value!r}; its values are {listed}{more}")

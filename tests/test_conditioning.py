@@ -135,6 +135,7 @@ def test_english_words_are_those_of_a_plain_expression():
         ("赤いコーヒー", ["赤", "い", "コ", "ー", "ヒ", "ー"]),
         ("น้ำดี", ["น้ำ", "ดี"]),  # one word per grapheme
         ("မြန်မာ", ["မြ", "န်", "မာ"]),
+        ("\ua997\ua9ae", ["\ua997", "\ua9ae"]),  # Javanese
     ],
 )
 def test_words_of_every_script(caption, words):
@@ -863,6 +864,15 @@ def test_text_conditioning_without_an_encoder_names_the_setting():
 
 def test_class_names_take_precedence_over_class_indices():
     classes = ["1", "10", "2"]
-    assert [prompts._class_index("class", value, classes) for value in ("1", "10", "2", "0")] == [0, 1, 2, 0]
+    assert [prompts._class_index("class", value, classes) for value in ("1", "10", "2")] == [0, 1, 2]
     all_classes = prompts.read_prompts(load_config(None), LabelEmbedder({"class": classes}, 8), torch.device("cpu"))
     assert all_classes.cond[0].tolist() == [[0], [1], [2]]
+
+
+def test_numbers_are_names_if_all_classes_are_numbers():
+    """Otherwise, class 10 of 001 … 012 would be "011", and year 2 of 1998 … 2001 would be 2000."""
+    months, years = [f"{i:03d}" for i in range(1, 13)], [str(year) for year in range(1998, 2002)]
+    assert prompts._class_index("month", "10", months) == months.index("010")
+    for value, classes in (("0", months), ("13", months), ("2", years)):
+        with pytest.raises(UserError, match=f"no value '{value}'; its values are {classes[0]}, {classes[1]}"):
+            prompts._class_index("x", value, classes)

@@ -42,21 +42,33 @@ TEXTS = ("photos #2 (best)", "[old] set", "my: set", "{x}", "2024", "010", "no",
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_settings_are_taken_literally(text):
-    config = load_config(
-        None, [f"data.path=/{text}", f"data.caption_column={text}", f"text.model={text}", "diffusion.name=010"]
-    )
+    options = [f"data.path=/{text}", f"data.caption_column={text}", f"text.model={text}", "diffusion.name=010"]
+    config = load_config(None, ["data.source=folder", *options])
     assert (config.data.path, config.data.caption_column, config.text.model) == (f"/{text}", text, text)
     assert config.diffusion_name == "010" and load_config(None, ["data.path=null"]).data.path is None
 
 
 def test_labels_are_text_on_the_command_line_and_in_files(tmp_path):
-    labels = ["010", "on", "no", "1e3", "1_0", "2024-01-01", {"glasses": "yes", "010": "0x1F"}]
-    text = "[010, on, no, 1e3, 1_0, 2024-01-01, {glasses: yes, 010: 0x1F}]"
+    labels = ["010", "on", "no", "1e3", "1_0", "2024-01-01", "null", "~", {"glasses": "yes", "010": "0x1F"}]
+    text = "[010, on, no, 1e3, 1_0, 2024-01-01, null, ~, {glasses: yes, 010: 0x1F}]"
     assert load_config(None, [f"sampling.labels={text}"]).sampling.labels == labels
     path = write(tmp_path, f"name: 010\nsampling: {{labels: {text}, steps: 0x10}}\ndiffusion: {{labels: [no, 010]}}\n")
     config = load_config(path, ["sampling.prompts=null"])
     assert config.sampling.labels == labels and config.sampling.steps == 16
     assert config.diffusion.labels == ["no", "010"] and config.name == "010" and config.sampling.prompts is None
+
+
+@pytest.mark.parametrize("override", ["seed=010", "vae.max_minutes=1:30", "data.value_range=[0, 0100]"])
+def test_numbers_in_base_8_or_60_are_errors(override):
+    key = override.split("=")[0]
+    with pytest.raises(UserError, match=f"^{key}: cannot read the value .* is ambiguous"):
+        load_config(None, [override])
+
+
+def test_settings_of_other_sources_are_errors():
+    for override, source in (("data.split=train", "folder"), ("data.label_column=Smiling", "celeba")):
+        with pytest.raises(UserError, match=f"{override.split('=')[0]} needs data.source=huggingface.* .got {source}"):
+            load_config(None, [f"data.source={source}", override])
 
 
 @pytest.mark.parametrize("net", MIN_PERCEPTUAL_SIZES)

@@ -79,6 +79,39 @@ def test_spellings_of_splits_in_metadata(tmp_path):
     assert source.split[:8].tolist() == [TRAIN, TRAIN, VAL, VAL, VAL, VAL, TEST, TRAIN] and (source.split[8:] == TRAIN).all()
 
 
+@pytest.mark.parametrize(
+    "train, other",
+    [("train", "eval"), ("training_set", "test_set"), ("train2017", "val2017"), ("Train Images", "Evaluation")],
+)
+def test_decorated_names_of_splits(tmp_path, train, other):
+    write_images(tmp_path / "in", numbered(f"{train}/cat", f"{train}/dog", f"{other}/cat"))
+    source = index_dataset(settings(tmp_path, tmp_path / "in")).source
+    assert source.label_names == {"class": ["cat", "dog"]}
+    assert all(split == (TRAIN if name.startswith(train) else VAL) for name, split in zip(source.names, source.split))
+
+
+def test_a_note_on_classes_that_look_like_splits(tmp_path, capsys):
+    write_images(tmp_path / "in", numbered("seg_train", "seg_pred"))
+    assert index_dataset(settings(tmp_path, tmp_path / "in")).source.split is None
+    assert "note: folder seg_train/ is read as a class" in capsys.readouterr().out
+
+
+def test_stray_images_do_not_hide_splits_inside_classes(tmp_path):
+    names = numbered("cat/train", "cat/val", "dog/train", "dog/val")
+    write_images(tmp_path / "in", [*names, "cat/stray.png"])
+    index = index_dataset(settings(tmp_path, tmp_path / "in"))
+    assert index.source.names == sorted(names) and index.source.label_names == {"class": ["cat", "dog"]}
+    assert all((split == VAL) == ("/val/" in name) for name, split in zip(index.source.names, index.source.split))
+    assert "1 images in cat/ next to the split folders (cat/stray.png)" in account(index)
+
+
+def test_plan_names_classes_without_training_images(tmp_path):
+    write_images(tmp_path / "in", numbered("train/cat", "train/dog", "val/Cat", "val/dog"))
+    plan = index_dataset(settings(tmp_path, tmp_path / "in")).describe()
+    assert "values of class without training images: Cat" in plan
+    assert "values of class that differ only in case: Cat, cat" in plan
+
+
 def test_a_class_may_be_called_train(tmp_path, capsys):
     write_images(tmp_path / "in", numbered("bus", "car", "train"))
     source = index_dataset(settings(tmp_path, tmp_path / "in")).source
@@ -192,6 +225,29 @@ def test_names_in_zips_of_other_systems(tmp_path, raw, system, name):
     assert files.num_found == 1
 
 
+def test_unsafe_paths_in_zips(tmp_path):
+    """As the unzip program: without a root and without ".."."""
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as file:
+        for name in ("../a/1.png", "/a/2.png", "a/../a/3.png", "./a//4.png"):
+            file.writestr(name, encoded(Image.new("RGB", (4, 4))))
+    files = Files(tmp_path / "p.zip")
+    assert files.images == ["a/1.png", "a/2.png", "a/4.png", "a/a/3.png"] and not files.skipped
+
+
+@pytest.mark.parametrize("source", ["folder", "huggingface"])
+def test_a_path_that_is_too_long(tmp_path, source):
+    with pytest.raises(UserError, match="data.path: a+ cannot be read .File name too long"):
+        index_dataset(settings(tmp_path, "a" * 300, source=source))
+
+
+def test_images_that_cannot_be_read_are_found_before_training(experiment, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        (tmp_path / f"in/{i:02d}.jpg").write_text("version https://git-lfs.github.com/spec/v1")
+    assert experiment.run("train_vae", "data.source=folder", f"data.path={tmp_path}/in", "--dry-run") == 2
+    assert "none of 8 images, sampled evenly, can be read; first: 00.jpg: " in capsys.readouterr().err
+
+
 def test_unreadable_zips(tmp_path):
     for flag, method, message in ((1, 0, "is encrypted"), (0, 9, "is compressed by method 9")):
         path = tmp_path / "p.zip"
@@ -228,14 +284,16 @@ def test_file_types_are_recognized_by_content(tmp_path):
 
 def test_every_file_is_accounted_for(tmp_path):
     folder = tmp_path / "in"
-    junk = ".DS_Store ._00.png Thumbs.db desktop.ini __MACOSX/._00.png .ipynb_checkpoints/00.png @eaDir/00.png/x.jpg #recycle/00.png .Trash-1000/1.png"
+    junk = "LOST.DIR/1.png @Recently-Snapshot/1.png "
+    junk += ".DS_Store ._00.png Thumbs.db desktop.ini __MACOSX/._00.png .ipynb_checkpoints/00.png @eaDir/00.png/x.jpg #recycle/00.png .Trash-1000/1.png"
     write_images(folder, [*numbered(".", n=20), *junk.split()])
+    (folder / "02.jpg.crdownload").write_bytes(encoded(noise_image(2, 16, 16))[:-100])
     for name in ("00.txt", "01.txt", "clip.mp4", "movie.mp4", "notes.pdf"):
         (folder / name).write_text("x")
     index = index_dataset(settings(tmp_path, folder, max_train_images=10))
     assert account(index) == (
-        "34 files found: 20 images, 2 files with captions or labels, 12 skipped: 9 hidden or system files, "
-        "3 other files (2 .mp4, 1 .pdf); 9 images not used (data.max_train_images)"
+        "37 files found: 20 images, 2 files with captions or labels, 15 skipped: 11 hidden or system files, "
+        "4 other files (2 .mp4, 1 .crdownload, 1 .pdf); 9 images not used (data.max_train_images)"
     )
 
 
@@ -333,6 +391,25 @@ def test_bit_depth_of_the_file_format():
     assert np.asarray(decode_image(tiff))[0, :, 0].tolist() == [85, 255]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_tiff_files_in_which_0_is_white(dtype):
+    """PhotometricInterpretation (tag 262) is 0 instead of 1."""
+    white = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    content = encoded(Image.fromarray((RAMP * white).astype(dtype)), "TIFF")
+    inverted = content.replace(struct.pack("<HHII", 262, 3, 1, 1), struct.pack("<HHII", 262, 3, 1, 0))
+    assert inverted != content
+    expected = 255 - np.asarray(decode_image(content)).astype(int)
+    assert np.array_equal(np.asarray(decode_image(inverted)), expected)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF header", b"Exif\0\0II*\0"])
+def test_damaged_exif_data_are_ignored(format, exif):
+    image = noise_image(0, 8, 16)
+    content = encoded(image, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    assert np.array_equal(np.asarray(decode_image(content)), np.asarray(image))
+
+
 def swapped_profile() -> bytes:
     """An ICC profile whose red and blue primaries are those of sRGB, exchanged."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
@@ -411,18 +488,23 @@ def make_celeba(root, images, attributes, partition, kaggle):
 )
 def test_celeba_lists_of_every_distribution(tmp_path, images, attributes, partition, path):
     smiling, splits = make_celeba(tmp_path / "in", images, attributes, partition, kaggle=attributes.endswith(".csv"))
-    source = index_dataset(settings(tmp_path, tmp_path / "in" / path, source="celeba")).source
+    source = index_dataset(settings(tmp_path, tmp_path / "in" / path, source="celeba", crop="center")).source
     assert source.split.tolist() == splits and list(source.label_names) == ["smiling", "young"]
     assert source.labels.tolist() == [[int(s > 0), 0] for s in smiling]
 
 
 def test_celeba_without_official_split(tmp_path, capsys):
     write_images(tmp_path / "in", [f"{i:06d}.jpg" for i in range(1, 31)])
-    assert index_dataset(settings(tmp_path, tmp_path / "in", source="celeba")).source.split is None
+    assert index_dataset(settings(tmp_path, tmp_path / "in", source="celeba", crop="center")).source.split is None
     assert "no list_eval_partition.txt or .csv in or next to" in capsys.readouterr().out
+    for code in (-1, 3):
+        lines = "\n".join(f"{i:06d}.jpg {code if i > 20 else 0}" for i in range(1, 31))
+        (tmp_path / "in/list_eval_partition.txt").write_text(lines)
+        with pytest.raises(UserError, match=f"a partition must be 0 .train., 1 .validation. or 2 .test. .got {code}."):
+            index_dataset(settings(tmp_path, tmp_path / "in", source="celeba", crop="center"))
     (tmp_path / "in/list_eval_partition.txt").write_text("000001.jpg 0")
     with pytest.raises(UserError, match="list_eval_partition has no complete line for 000002.jpg and 28 others"):
-        index_dataset(settings(tmp_path, tmp_path / "in", source="celeba"))
+        index_dataset(settings(tmp_path, tmp_path / "in", source="celeba", crop="center"))
 
 
 # Metadata files
@@ -488,6 +570,9 @@ def test_values_of_other_types_are_named_by_line(tmp_path, row, message):
     [
         ("image,text\n00.png,a\n", r"line 2: expected the path of an image in file_name \(got None\)"),
         ("file_name,text\n00.png,a,b\n", "line 2: more values than the 2 columns"),
+        ('file_name,text\n00.png,"a\n01.png,b\n', "line 2: unexpected end of data: a quotation mark is not closed"),
+        ("file_name,text,text\n00.png,a,b\n", ": column 'text' is repeated"),
+        ("file_name,split\n00.png,train\n00.png,val\n", "line 3: split of 00.png is 'val' here, but differs in another row"),
         ("file_name,text\n\n99.png,a\n", r"has rows for files that do not exist or are not images: 99.png \(line 3\); add"),
     ],
 )
@@ -499,11 +584,46 @@ def test_bad_csv(tmp_path, content, message):
 
 
 def test_csv_of_a_spreadsheet(tmp_path):
-    """Semicolons, CRLF and a byte order mark."""
+    """Semicolons, CRLF, a byte order mark, and empty columns and rows."""
     write_images(tmp_path / "in", numbered(".", n=12))
-    content = "file_name;text\r\n" + "".join(f'{i:02d}.png;"red, blue; green"\r\n' for i in range(8))
+    rows = "".join(f'{i:02d}.png;"red, blue; green";;\r\n' for i in range(8))
+    content = f"file_name;text;;\r\n{rows};;;\r\n"
     (tmp_path / "in/metadata.csv").write_text(content, encoding="utf-8-sig", newline="")
     assert index_dataset(settings(tmp_path, tmp_path / "in")).source.captions[0] == ["red, blue; green"]
+
+
+@pytest.mark.parametrize("delimiter", [",", " , ", "|", "\t"])
+def test_names_of_columns_ignore_case(tmp_path, delimiter):
+    write_images(tmp_path / "in", numbered(".", n=12))
+    rows = [["File_Name", "Text", "Split", "Breed"]]
+    rows += [[f"{i:02d}.png", f"image {i}", "Val" if i < 3 else "train", ["pug", "nan", "corgi"][i % 3]] for i in range(12)]
+    (tmp_path / "in/metadata.csv").write_text("\n".join(map(delimiter.join, rows)))
+    source = index_dataset(settings(tmp_path, tmp_path / "in")).source
+    assert source.split.tolist() == [VAL] * 3 + [TRAIN] * 9 and source.captions[4] == ["image 4"]
+    assert source.label_names == {"Breed": ["corgi", "pug"]} and source.labels[:3, 0].tolist() == [1, 2, 0]
+    named = index_dataset(settings(tmp_path, tmp_path / "in", caption_column="Text")).source
+    assert named.captions == source.captions
+
+
+def test_metadata_file_next_to_the_folder_of_images(tmp_path):
+    write_images(tmp_path / "in", numbered("images", n=12))
+    write_table(tmp_path / "in/lists/metadata.jsonl", [{"file_name": "../images/00.png", "text": "a cup"}])
+    assert index_dataset(settings(tmp_path, tmp_path / "in")).source.captions[0] == ["a cup"]
+
+
+def test_half_of_a_surrogate_pair_in_json(tmp_path):
+    rows = [{"file_name": "00.png", "text": "cut \ud83d"}, {"file_name": "01.png", "text": "whole \U0001f600"}]
+    assert source_with(tmp_path, rows).captions[:2] == [["cut ?"], ["whole \U0001f600"]]
+    with pytest.raises(UserError, match="has rows for files that do not exist"):
+        source_with(tmp_path, [{"file_name": "\ud83d.png"}])
+
+
+def test_caption_files_of_other_systems(tmp_path):
+    """Suffixes in upper case, and names that are normalized differently."""
+    write_images(tmp_path / "in", [f"caf\u00e9{i:02d}.png" for i in range(12)])
+    for i in range(12):
+        (tmp_path / f"in/cafe\u0301{i:02d}.TXT").write_text(f"cup {i}")
+    assert index_dataset(settings(tmp_path, tmp_path / "in")).source.captions == [[f"cup {i}"] for i in range(12)]
 
 
 @pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
@@ -528,7 +648,11 @@ def test_further_columns_are_labels(tmp_path, capsys, table):
 
 
 def test_an_empty_caption_does_not_hide_another_one(tmp_path):
-    rows = [{"file_name": f"{i:02d}.png", "captions": [], "caption": "", "text": f"image {i}"} for i in range(12)]
+    empty = ([], ""), ([""], " "), ([" ", ""], None)
+    rows = [
+        {"file_name": f"{i:02d}.png", "captions": empty[i % 3][0], "caption": empty[i % 3][1], "text": f"image {i}"}
+        for i in range(12)
+    ]
     source = source_with(tmp_path, rows)
     assert source.captions == [[f"image {i}"] for i in range(12)] and not source.label_names
 
@@ -623,6 +747,31 @@ def test_missing_conditions_are_found_by_the_first_dry_run(experiment, image_fol
     data = ("data.source=folder", f"data.path={image_folder}")
     assert experiment.run("train_vae", *data, *options, "--dry-run") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoder", ["words", "pretrained"])
+def test_captions_of_validation_images_are_not_enough(experiment, tmp_path, capsys, encoder):
+    write_images(tmp_path / "in", numbered("train", "val"))
+    for i in range(8):
+        (tmp_path / f"in/val/{i:02d}.txt").write_text("a red car")
+    options = ["diffusion.condition=text", f"text.encoder={encoder}", "diffusion.cross_attn_resolutions=[8]"]
+    assert experiment.run("train_vae", "data.source=folder", f"data.path={tmp_path}/in", *options, "--dry-run") == 2
+    assert "all training captions of data.source=folder are empty" in capsys.readouterr().err
+
+
+def test_no_readable_validation_image(tmp_path):
+    write_images(tmp_path / "in", [*numbered("train", n=120), "val/0.png"])
+    (tmp_path / "in/val/0.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="data: no validation image can be read"):
+        load_images(settings(tmp_path, tmp_path / "in"))
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(folder)
+    for i in range(12):
+        noise_image(i, 16, 16).save(f"{folder}/{i}.png")
+    assert len(load_images(settings(tmp_path, folder)).pixels) == 12
 
 
 def test_plan_of_stage_1(experiment, tmp_path, capsys):

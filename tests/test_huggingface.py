@@ -181,6 +181,21 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
         load_images(load_config(None, ["data.source=huggingface", f"runs_dir={tmp_path}"]))
 
 
+def test_labels_and_captions_as_in_a_folder(tmp_path, capsys):
+    """Labels are NFC-normalized without outer spaces. An empty caption does not hide one in another column."""
+    breeds = [["caf\u00e9", "cafe\u0301", " tea", "tea"][i % 4] for i in range(20)], Value("string")
+    empty = [[] for _ in range(20)], List(Value("string"))
+    text = [f"image {i}" if i else None for i in range(20)], Value("string")
+    dataset = make_dataset(breed=breeds, captions=empty, text=text)
+    DatasetDict(train=dataset, eval=dataset).save_to_disk(tmp_path / "a")
+    source = index_dataset(settings(tmp_path, tmp_path / "a", label_column="breed")).source
+    assert source.label_names == {"breed": ["caf\u00e9", "tea"]} and source.labels[:4, 0].tolist() == [0, 0, 1, 1]
+    assert source.captions[:2] == [[""], ["image 1"]] and source.split.tolist() == [TRAIN] * 20 + [VAL] * 20
+    assert "note: 2 of 40 images have no caption" in capsys.readouterr().out
+    make_dataset(captions=empty).save_to_disk(tmp_path / "b")
+    assert index_dataset(settings(tmp_path, tmp_path / "b")).source.captions is None
+
+
 def test_classes_that_differ_between_splits_are_an_error(tmp_path):
     """Otherwise, the class names of the first split would be used for all."""
     splits = {

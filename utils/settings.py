@@ -18,7 +18,7 @@ DEFAULT_CONFIG = "configs/celeba64.yaml"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4) and rejects duplicate keys."""
+    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4), and rejects duplicate keys, 010 and 1:30."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -29,7 +29,16 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node):
+        """Reject numbers that YAML 1.1 reads in base 8 (010 is 8) or 60 (1:30 is 90)."""
+        if re.match(r"[-+]?(0[0-9_]|.*:)", node.value):
+            raise ValueError(f"{node.value} is ambiguous: write it without leading zeros or colons")
+        is_int = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -51,8 +60,9 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
             is_structure = (list in types or dict in types) and text.lstrip().startswith(("[", "{"))
             is_text = str in types and not is_structure and text not in NULLS
             value = text if is_text else _load_yaml(text, annotation)
-        except (yaml.YAMLError, TypeError, ValueError):
-            raise UserError(f"{key}: cannot read the value {text!r}") from None
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            reason = f" ({error})" if isinstance(error, ValueError) else ""
+            raise UserError(f"{key}: cannot read the value {text!r}{reason}") from None
         section = tree
         *section_names, name = key.split(".")
         for section_name in section_names:
@@ -79,19 +89,22 @@ def _load_yaml(text: str, annotation) -> Any:
         loader.dispose()
 
 
-def _keep_text(node: yaml.Node, annotation) -> None:
-    """Tag the YAML scalars of text settings as strings, so that YAML does not convert them. null stays null."""
+def _keep_text(node: yaml.Node, annotation, nullable: bool = True) -> None:
+    """Tag the YAML scalars of text settings as strings, so that YAML does not convert them.
+
+    nullable: null stays null; inside lists and mappings it is text, because a class may have this name
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
             if field := annotation.model_fields.get(key_node.value if isinstance(key_node.value, str) else ""):
                 _keep_text(value_node, field.annotation)
     elif isinstance(node, yaml.ScalarNode):
-        if str in _types(annotation) and node.tag != "tag:yaml.org,2002:null":
+        if str in _types(annotation) and not (nullable and node.tag == "tag:yaml.org,2002:null"):
             node.tag = "tag:yaml.org,2002:str"
     else:
         children = node.value if isinstance(node, yaml.SequenceNode) else [child for pair in node.value for child in pair]
         for child in children:
-            _keep_text(child, annotation)
+            _keep_text(child, annotation, nullable=False)
 
 
 def _types(annotation) -> list:
