@@ -68,7 +68,8 @@ class DataConfig(Section):
         "columns of the metadata files, if they have few different values",
     )
     caption_column: Optional[str] = setting(
-        None, "column with captions; default: the first that exists of captions, caption, text and prompt"
+        None,
+        "column with captions; default: for each image, the first of captions, caption, text and prompt that is not empty",
     )
     value_range: Optional[Annotated[list[float], Field(min_length=2, max_length=2)]] = setting(
         None,
@@ -121,11 +122,13 @@ class PerceptualConfig(Section):
     net: Literal["none", "vgg", "alex", "squeeze", "vgg19", "efficientnet_lite0"] = setting(
         "vgg",
         "perceptual loss; vgg, alex, squeeze: LPIPS (Zhang et al. 2018) with this backbone; vgg19, efficientnet_lite0: "
-        "distance between unit-length features without LPIPS's linear heads; efficientnet_lite0 needs no download; none: off",
+        "like LPIPS, but without its learned linear layers; efficientnet_lite0 needs no download; none: off",
     )
     weight: Weight = setting(1.0, "weight of the perceptual loss; 0: off")
     weights: Optional[PathText] = setting(
-        None, "local file with the ImageNet weights of the backbone; default: torchvision's cache, else download"
+        None,
+        "local file with the ImageNet weights of the backbone; default: torchvision's cache, else download; for "
+        "efficientnet_lite0, its pip package",
     )
 
 
@@ -471,13 +474,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_data(self) -> "Config":
         cfg, (height, width) = self.data, self.data.size
-        for keys, sources in (
-            (("subset", "split", "image_column"), ("huggingface",)),
-            (("label_column", "caption_column"), ("huggingface", "folder")),
-        ):
-            for key in keys:
-                if getattr(cfg, key) is not None and cfg.source not in sources:
-                    raise ValueError(f"data.{key} needs data.source={' or '.join(sources)} (got {cfg.source})")
+        for key in ("subset", "split", "image_column", "label_column", "caption_column"):
+            sources = ["huggingface", "folder"] if key in ("label_column", "caption_column") else ["huggingface"]
+            if getattr(cfg, key) is not None and cfg.source not in sources:
+                raise ValueError(f"data.{key} needs data.source={' or '.join(sources)} (got {cfg.source})")
         if cfg.channels == 4 and cfg.source not in ("folder", "huggingface"):
             raise ValueError(
                 f"data.channels=4 needs data.source=folder or huggingface: the images of {cfg.source} have no transparency"

@@ -55,7 +55,8 @@ def train(config: Config, dry_run: bool) -> None:
     dtype, folder = pick_precision(config.precision, device), config.run_dir / "vae"
     perceptual = load_perceptual(cfg.perceptual, device) if cfg.perceptual.weight > 0 else None
     index = index_dataset(config)
-    captions = index.source.captions and [index.source.captions[i] for i in index.rows(TRAIN)]
+    captions = index.source.captions
+    captions = None if captions is None else [captions[i] for i in index.rows(TRAIN)]
     check_condition(config, index.source.label_names, captions, f"data.source={config.data.source}")
     torch.manual_seed(config.seed)
     vae = build_vae(config).to(device, memory_format=torch.channels_last)
@@ -184,7 +185,7 @@ def few_val_images(config: Config, index: DatasetIndex) -> str:
     The note comes before training, because the split cannot change afterwards.
     """
     num_images, num_val = len(index.split), index.num_images(VAL)
-    if config.diffusion.condition == "none":  # evaluation.task=condition does not use test images
+    if config.diffusion.condition == "none":  # else evaluation.task=condition is useful, and it uses only the VAL split
         num_val += index.num_images(TEST)
     if num_val >= MIN_VAL_IMAGES:
         return ""

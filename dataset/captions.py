@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from config import DataConfig
 from dataset import SPLITS
 from dataset.files import Files
-from dataset.metadata import Metadata, one_line, read_tables, reject_missing
+from dataset.metadata import Metadata, clean_caption, read_tables, reject_missing
 from utils.errors import UserError
 from utils.files import first_line
 
@@ -18,25 +18,25 @@ TEXT_SUFFIXES = (".txt", ".caption")
 def read_sidecars(files: Files, cfg: DataConfig) -> Metadata:
     """Read all metadata tables, and the captions of each image X.jpg from X.txt and X.caption (one caption per line)."""
     metadata = read_tables(files, cfg)
-    sidecars = {}  # (path without suffix, suffix) -> path
+    sidecars: dict[str, list[str]] = {}  # path without suffix -> text files
     for name in files.file_stats:
-        sidecars[_stem(name), PurePosixPath(name).suffix.lower()] = name
+        if PurePosixPath(name).suffix.lower() in TEXT_SUFFIXES:
+            sidecars.setdefault(_without_suffix(name), []).append(name)
     for image in files.images:
-        for suffix in TEXT_SUFFIXES:
-            if path := sidecars.get((_stem(image), suffix)):
-                texts = metadata.texts.setdefault(image, [])
-                texts += [text for text in _nonempty_lines(files.read_text(path)) if text not in texts]
-                metadata.file_stats.append([path, files.file_stats[path]])
+        for path in sorted(sidecars.get(_without_suffix(image), []), reverse=True):  # .txt before .caption
+            texts = metadata.texts.setdefault(image, [])
+            texts += [text for text in _nonempty_lines(files.read_text(path)) if text not in texts]
+            metadata.file_stats.append([path, files.file_stats[path]])
     return metadata
 
 
-def _stem(name: str) -> str:
-    """Return the path without its suffix, NFC-normalized, because other systems write "é" as two characters."""
+def _without_suffix(name: str) -> str:
+    """Return a path without its suffix, in Unicode NFC, because macOS may store "é" as two code points (NFD)."""
     return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
 
 
 def _nonempty_lines(content: str) -> list[str]:
-    return [one_line(line) for line in content.splitlines() if line.strip()]
+    return [clean_caption(line) for line in content.splitlines() if line.strip()]
 
 
 def read_coco(files: Files) -> Metadata:
@@ -60,7 +60,7 @@ def read_coco(files: Files) -> Metadata:
             texts: dict[str, list[str]] = {}
             for annotation in content["annotations"]:
                 image_captions = texts.setdefault(image_names[annotation["image_id"]], [])
-                image_captions.append(one_line(annotation["caption"]))
+                image_captions.append(clean_caption(annotation["caption"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"data.path: {name} is not a COCO caption file ({first_line(error)})") from None
         missing = sorted(image for image in texts if image not in paths)

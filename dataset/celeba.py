@@ -29,9 +29,8 @@ def read_lists(files: Files, names: list[str]) -> CelebALists:
     lists = CelebALists()
     if (partition := _read_list(files, PARTITION, lists)) is not None:
         split = np.array(_rows_of(names, partition, 1, PARTITION))[:, 0]
-        if not np.isin(split, (TRAIN, VAL, TEST)).all():
-            wrong = int(split[~np.isin(split, (TRAIN, VAL, TEST))][0])
-            raise UserError(f"{PARTITION}: a partition must be 0 (train), 1 (validation) or 2 (test) (got {wrong})")
+        if len(wrong := split[~np.isin(split, (TRAIN, VAL, TEST))]):
+            raise UserError(f"{PARTITION}: a partition must be 0 (train), 1 (validation) or 2 (test) (got {wrong[0]})")
         lists.split = split.astype(np.uint8)
     else:
         print(f"note: no {PARTITION}.txt or .csv in or next to {files.path}: CelebA's official split is not used")

@@ -9,7 +9,7 @@ from PIL import Image, ImageCms
 
 from utils.errors import UserError
 
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
+BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION = 258, 262  # TIFF tags
 OVERSHOOT = 0.1  # tolerance for float values outside 0 … 1: resampling filters overshoot at edges
 AMBIGUOUS_BITS = 14  # 16-bit files whose values all fit in 14 bits may hold 10-, 12- or 14-bit images
 NUM_PROBED = 32  # images of a dataset that check_value_range() reads
@@ -65,8 +65,8 @@ def scale_to_8_bit(image: Image.Image, value_range: Sequence[float] | None) -> I
     low, high = value_range or stored_range(image) or (None, None)
     if low is None:
         raise ValueError(f"the range of its 32-bit values is unknown: {REMEDY}")
-    # Pillow inverts WhiteIsZero only up to 8 bits.
-    if value_range is None and image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+    # In WhiteIsZero TIFFs, 0 is white. Pillow inverts them only up to 8 bits, so deeper images are inverted here.
+    if value_range is None and image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
         low, high = high, low
     values = np.asarray(image, dtype=np.float64)
     if np.isnan(values).any():

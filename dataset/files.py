@@ -28,7 +28,7 @@ SYSTEM_NAMES = set(
     "__macosx thumbs.db ehthumbs.db desktop.ini icon\r $recycle.bin recycler recycled #recycle @recycle #snapshot ~snapshot "
     "@recently-snapshot @eadir @tmp @__thumb lost+found lost.dir found.000 __pycache__".split(" ")
 ) | {"system volume information", "network trash folder", "temporary items"}
-TEMPORARY_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".tmp", ".bak", "~")  # partial downloads, backups
+UNFINISHED_OR_BACKUP_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".tmp", ".bak", "~")
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 CELEBA_SIZE = (178, 218)
 CELEBA_BOXES = {"ddim": (25, 57, 153, 185), "center140": (19, 39, 159, 179)}  # left, top, right, bottom in a 178×218 image
@@ -45,7 +45,7 @@ class Files:
         if path is None:
             raise UserError("data.path is not set: set it to a folder or zip of images")
         self.path, self.zip = Path(path), None
-        check_path(path)
+        require_valid_path(path)
         self.skipped: Counter[str] = Counter()  # reason -> number of files
         self.texts_read: set[str] = set()  # files read with read_text()
         if self.path.is_dir():
@@ -79,7 +79,7 @@ class Files:
                 self.skipped["hidden or system files"] += 1
             else:
                 if printable(name) in entries:
-                    self.skipped["names that look alike when they are escaped"] += 1
+                    self.skipped["whose names are equal after invalid bytes are escaped"] += 1
                 entries[printable(name)] = path
         return entries
 
@@ -110,7 +110,7 @@ class Files:
         entries = {}
         for entry in self.zip.infolist():
             name = zip_name(entry)
-            if name.endswith("/") or not name:  # a folder
+            if name.endswith("/") or not name:  # a folder, or a path of only "." and ".."
                 continue
             if is_system_file(name):
                 self.skipped["hidden or system files"] += 1
@@ -128,7 +128,7 @@ class Files:
 
     def _is_image(self, name: str) -> bool:
         suffix = PurePosixPath(name).suffix.lower()
-        if suffix.endswith(TEMPORARY_SUFFIXES):
+        if suffix.endswith(UNFINISHED_OR_BACKUP_SUFFIXES):
             return False
         if suffix in IMAGE_SUFFIXES or suffix in TABLE_SUFFIXES or suffix in RAW_SUFFIXES:
             return suffix in IMAGE_SUFFIXES
@@ -175,12 +175,12 @@ class Files:
         )
 
 
-def check_path(path: str) -> None:
+def require_valid_path(path: str) -> None:
     """Raise UserError if a path cannot be looked up, for example because it is too long."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        pass  # the caller may accept other names than paths
+        pass  # not an error here: data.path may be a Hugging Face hub id
     except (OSError, ValueError) as error:
         raise UserError(f"data.path: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -227,7 +227,7 @@ def decode_image(content: bytes, channels: int = 3, value_range: list[float] | N
     except UnidentifiedImageError:
         start = f"it starts with {content[:30]!r}" if content else "it is empty"
         raise UnidentifiedImageError(f"not an image that Pillow can read: {start}") from None
-    image.load()  # before EXIF, so that damaged pixels raise an error
+    image.load()  # decode here, because suppress() below would hide errors in the pixel data
     with contextlib.suppress(Exception):  # damaged EXIF data raise many exception types
         ImageOps.exif_transpose(image, in_place=True)  # a copy would lose image.format, which to_8_bit_srgb() needs
     image = to_8_bit_srgb(image, value_range)

@@ -11,8 +11,8 @@ import numpy as np
 from config import DataConfig
 from dataset import SPLITS, TEST, TRAIN, VAL, evenly_spaced
 from dataset.color import NUM_PROBED, check_value_range
-from dataset.files import check_path, crop_and_resize, decode_image
-from dataset.metadata import CAPTION_COLUMNS, one_line
+from dataset.files import crop_and_resize, decode_image, require_valid_path
+from dataset.metadata import CAPTION_COLUMNS, clean_caption
 from utils.errors import UserError
 from utils.files import first_line
 
@@ -26,7 +26,7 @@ def load_splits(cfg: DataConfig) -> dict:
         raise UserError("data.path is not set: set it to a hub id, or to a folder or file of a dataset")
     import datasets
 
-    check_path(cfg.path)
+    require_valid_path(cfg.path)
     path = Path(cfg.path)
     if not path.exists() and not HUB_ID.fullmatch(cfg.path):
         raise UserError(f"data.path: {cfg.path} is neither a path that exists nor a hub id")
@@ -128,7 +128,7 @@ def read_captions(column: list, name: str) -> list[list[str]]:
         texts = [value] if value is None or isinstance(value, str) else value
         if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
             raise UserError(f"data.caption_column: {name} must hold a string or a list of strings (got {str(value)[:60]!r})")
-        captions.append([one_line(text) for text in texts if text and text.strip()] or [""])
+        captions.append([clean_caption(text) for text in texts if text and text.strip()] or [""])
     return captions
 
 
@@ -204,8 +204,10 @@ def read_dataset(cfg: DataConfig) -> dict:
     captions = None
     for name in caption_columns:  # as in a folder, an image uses the first column in which it has a caption
         texts = read_captions(column(name), name)
-        captions = texts if captions is None else [a if a != [""] else b for a, b in zip(captions, texts)]
+        captions = texts if captions is None else [first if first != [""] else t for first, t in zip(captions, texts)]
     if captions and all(texts == [""] for texts in captions):
+        if cfg.caption_column:
+            raise UserError(f"data.caption_column: no image of {cfg.path} has a value of {cfg.caption_column}")
         captions = None
     return dict(
         names=[f"{name}-{i:08d}" for name, part in zip(codes, parts) for i in range(len(part))],

@@ -41,7 +41,7 @@ from utils.locks import locked
 MIN_TRAIN_IMAGES = 8
 MAX_DAMAGED_FRACTION = 0.01  # a larger fraction of unreadable images is an error
 ABORT_AFTER_DAMAGED = 100  # decoding stops early only if more images than this are unreadable
-NUM_SAMPLED = 8  # images that are read before the cache is built, to find out whether any can be read
+NUM_TEST_READS = 8  # images that are read before the cache is built, to find out whether any can be read
 BLOCK_SIZE = 64  # images per block; a block is decoded by one thread and has one checksum
 PREFETCH_BLOCKS = 2 + (os.cpu_count() or 1)  # blocks that are decoded ahead of the one being written
 
@@ -80,15 +80,15 @@ class DatasetIndex:
             lines.append(f"labels: {listed(names, 5)}")
             num_null = (source.labels[used] == [len(values) for values in source.label_names.values()]).sum(axis=0)
             missing = [f"{n:,} without {name}" for n, name in zip(num_null, source.label_names) if n]
-            for column, (name, values) in enumerate(source.label_names.items()):
-                trained = set(source.labels[self.rows(TRAIN), column].tolist())
-                if untrained := [value for i, value in enumerate(values) if i not in trained]:
-                    lines.append(f"values of {name} without training images: {listed(untrained, 5)}")
-                counts = Counter(value.casefold() for value in values)
-                if alike := [value for value in values if counts[value.casefold()] > 1]:
-                    lines.append(f"values of {name} that differ only in case: {listed(alike, 6)}")
             if missing:
                 lines.append(f"images with the null label: {', '.join(missing)}, of {len(used):,}")
+            for column, (name, values) in enumerate(source.label_names.items()):
+                in_training = np.unique(source.labels[self.rows(TRAIN), column])
+                if unseen := [value for i, value in enumerate(values) if i not in in_training]:
+                    lines.append(f"values of {name} without training images: {listed(unseen, 5)}")
+                counts = Counter(value.casefold() for value in values)
+                if same := [value for value in values if counts[value.casefold()] > 1]:
+                    lines.append(f"values of {name} that differ only in case: {listed(same, 5)}")
         if source.captions is not None:
             lines.append(f"captions: {sum(len(source.captions[i]) for i in used):,}")
         return lines
@@ -155,12 +155,14 @@ def index_dataset(config: Config) -> DatasetIndex:
 
 
 def require_readable(index: DatasetIndex) -> None:
-    """Raise UserError if none of a few images can be read, so that a dry run finds, for example, pointers of git-lfs."""
-    sample = evenly_spaced(index.selected, NUM_SAMPLED).tolist()
+    """Raise UserError if no image of a small sample can be read, for example Git LFS pointer files. Also runs in a dry run."""
+    sample = evenly_spaced(index.selected, NUM_TEST_READS).tolist()
     images = index.source.read(sample)
     if sample and all(isinstance(image, str) for image in images):
         first = index.source.names[sample[0]]
-        raise UserError(f"data: none of {len(sample)} images, sampled evenly, can be read; first: {first}: {images[0]}")
+        raise UserError(
+            f"data: none of {len(sample)} evenly spaced images can be read, for example {first} ({images[0]}): check the files"
+        )
 
 
 def load_images(config: Config) -> Images:
@@ -268,11 +270,14 @@ def _read_in_order(source: Source, blocks: list[list[int]], pool: ThreadPoolExec
 
 
 def table_contents(index: DatasetIndex, blocks: list[Block]) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Return the split (N,), labels (N, K) and other metadata of the readable images, for write_tables()."""
+    """Return the split (N,), labels (N, K) and other metadata of the readable images, for write_tables().
+
+    Raises UserError if no validation image is readable.
+    """
     source, damaged = index.source, {i for block in blocks for i, _ in block.damaged}
     good = [i for i in index.selected.tolist() if i not in damaged]
     if not (index.split[good] == VAL).any():
-        raise UserError("data: no validation image can be read; the first errors are listed above")
+        raise UserError("data: none of the validation images can be read")
     labels = np.zeros((len(good), 0), dtype=np.int64) if source.labels is None else source.labels[good]
     meta = dict(
         count=len(good),

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from dataset import SPLITS, TRAIN, split_id
 
-MAX_STRAY_FRACTION = 0.25  # folders are not classes if a larger fraction of the training images is outside them
+MAX_STRAY_FRACTION = 0.25  # folders are not classes (of training images) or inner splits if a larger fraction is outside
 
 Folders = dict[str, tuple[str, ...]]  # image -> folders that contain it
 
@@ -27,7 +27,8 @@ def read_layout(names: list[str]) -> Layout:
     """Infer the layout from the paths of all images.
 
     If there are split folders, images outside them are left out. Folders are read as classes only if at most
-    MAX_STRAY_FRACTION of the training images are outside them; images outside are then left out.
+    MAX_STRAY_FRACTION of the training images are outside them; images outside are then left out. The same holds for split
+    folders inside class folders (cat/train).
     """
     return _read_splits({name: PurePosixPath(name).parent.parts for name in names})
 
@@ -38,8 +39,8 @@ def _read_splits(folders: Folders) -> Layout:
     for depth in (0, 1):  # train/cat or cat/train
         ids = {name: split_id(parts[depth]) for name, parts in folders.items() if len(parts) > depth}
         splits = {name: split for name, split in ids.items() if split is not None}
-        few_stray = len(folders) - len(splits) <= MAX_STRAY_FRACTION * len(folders)
-        if len(set(splits.values())) > 1 and (depth == 0 or few_stray):
+        most_have_split = len(folders) - len(splits) <= MAX_STRAY_FRACTION * len(folders)
+        if len(set(splits.values())) > 1 and (depth == 0 or most_have_split):
             inner = {name: folders[name][:depth] + folders[name][depth + 1 :] for name in splits}
             layout = _read_classes(inner, {name for name, split in splits.items() if split == TRAIN})
             layout.splits = {name: split for name, split in splits.items() if name not in layout.left_out}
@@ -73,7 +74,7 @@ def _read_classes(folders: Folders, train: set[str]) -> Layout:
         layout = Layout(classes={name: unicodedata.normalize("NFC", parts[0]) for name, parts in inside.items()})
         for folder in sorted(set(layout.classes.values())):
             if SPLITS.keys() & re.split(r"[\W_\d]+", folder.casefold()):
-                print(f"note: folder {folder}/ is read as a class, because not all folders have names of splits")
+                print(f"note: folder {folder}/ is read as a class, not as a split, because other folders are not splits")
     else:
         layout = _read_splits(inside) if stray else Layout()
     if layout.splits or layout.classes:

@@ -22,7 +22,8 @@ TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "captions.jsonl")
 CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")  # a row uses the first that is not empty
 KNOWN_COLUMNS = ("file_name", "split", *CAPTION_COLUMNS)
 MAX_CLASSES = 1000  # distinct values of a label
-MISSING = ("", "nan", "<na>", "n/a", "#n/a")  # values in a CSV file, in lower case, that stand for a missing value
+# Values in a CSV file, in lower case, that stand for a missing value
+MISSING_CSV_VALUES = ("", "nan", "<na>", "n/a", "#n/a")
 MIN_IMAGES_PER_CLASS = 2  # on average; a column with fewer images per value holds free text or numbers, not labels
 
 
@@ -46,8 +47,8 @@ def read_tables(files: Files, cfg: DataConfig) -> Metadata:
         metadata.file_stats.append([table, files.file_stats[table]])
         missing = []
         for line, row in _rows(files, table):
-            row = _with_known_names(row, cfg)
             where = f"data.path: {table}, line {line}"
+            row = _normalize_column_names(row, cfg, where)
             known_columns |= row.keys()
             image = _find_image(row.get("file_name"), table, images, where)
             if image is None:
@@ -69,8 +70,8 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
     if table.casefold().endswith(".csv"):
         header = content.split("\n", 1)[0]
         # In countries with a decimal comma, spreadsheet programs separate columns by semicolons.
-        delimiter = next((d for d in ",;\t|" if re.search(f'(^|[{d}"])\\s*file_name\\s*([{d}"\r]|$)', header, re.I)), ",")
-        # strict: a quotation mark that is not closed is an error; otherwise, all rows after it would become one caption
+        delimiter = next((d for d in ",;\t|" if re.search(f'(^|[{d}])\\s*"?file_name"?\\s*([{d}\r]|$)', header, re.I)), ",")
+        # strict: wrong quotation marks are errors; otherwise, all rows after an unclosed one would become one caption
         reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
@@ -80,12 +81,17 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
                 if None in row:
                     where = f"data.path: {table}, line {reader.line_num}"
                     raise UserError(f"{where}: more values than the {len(columns)} columns")
-                row = {column: value for column, value in row.items() if value and value.strip().casefold() not in MISSING}
+                row = {
+                    column: value
+                    for column, value in row.items()
+                    if value and value.strip().casefold() not in MISSING_CSV_VALUES
+                }
                 if row:  # spreadsheet programs may write rows of empty cells
                     yield reader.line_num, dict.fromkeys(columns) | row
         except csv.Error as error:
             hint = ": a quotation mark is not closed" if "end of data" in str(error) else ""
-            raise UserError(f"data.path: {table}, line {reader.line_num + 1}: {error}{hint}") from None
+            line = reader.line_num + 1  # line_num is that of the last complete row
+            raise UserError(f"data.path: {table}, line {line}: {error}{hint}") from None
         return
     # Not splitlines(), which would also split at Unicode line separators inside strings.
     for number, line in enumerate(content.split("\n"), start=1):
@@ -100,17 +106,19 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
-def _with_known_names(row: dict, cfg: DataConfig) -> dict:
-    """Rename columns such as "Split" or "TEXT", whose names differ from KNOWN_COLUMNS only in case."""
+def _normalize_column_names(row: dict, cfg: DataConfig, where: str) -> dict:
+    """Rename columns that match KNOWN_COLUMNS except for case ("Split" -> "split")."""
     renamed = {column: column.casefold() for column in row if column not in (cfg.caption_column, cfg.label_column)}
     renamed = {column: name for column, name in renamed.items() if name in KNOWN_COLUMNS and name not in row}
+    if len(set(renamed.values())) < len(renamed):
+        raise UserError(f"{where}: columns whose names differ only in case: {', '.join(renamed)}")
     return {renamed.get(column, column): value for column, value in row.items()}
 
 
 def _find_image(file_name, table: str, images: dict[str, str], where: str) -> str | None:
     if not isinstance(file_name, str):
         raise UserError(f"{where}: expected the path of an image in file_name (got {file_name!r})")
-    for path in (file_name, file_name.replace("\\", "/"), file_name.strip()):
+    for path in (file_name, file_name.strip().replace("\\", "/")):
         name = printable(posixpath.normpath(PurePosixPath(table).parent / path))
         if image := images.get(name) or images.get(unicodedata.normalize("NFC", name)):
             return image
@@ -125,7 +133,7 @@ def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: 
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: {caption_column} must be a string or a list of strings (got {str(texts)[:60]})")
-    if texts := [one_line(text) for text in texts if text.strip()]:
+    if texts := [clean_caption(text) for text in texts if text.strip()]:
         metadata.texts.setdefault(image, []).extend(texts)
     split = row.get("split")
     if split is not None:
@@ -142,14 +150,14 @@ def _add_row(metadata: Metadata, image: str, row: dict, cfg: DataConfig, where: 
 
 
 def _is_empty(value) -> bool:
-    """Return whether a value is null, a blank string, or a list without other strings."""
+    """Return whether a value is null, a blank string, an empty list, or a list of blank strings."""
     if isinstance(value, list):
         return all(isinstance(item, str) and not item.strip() for item in value)
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def one_line(text: str) -> str:
-    """Return a caption as one line of valid UTF-8. JSON can contain halves of surrogate pairs, of emoji cut in two."""
+def clean_caption(text: str) -> str:
+    """Join lines and replace lone surrogates, which JSON can contain (half of an emoji), by "?"."""
     return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 

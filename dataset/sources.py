@@ -81,7 +81,7 @@ def folder(cfg: DataConfig, seed: int) -> Source:
     layout, metadata = read_layout(files.images), read_sidecars(files, cfg)
     names = [n for n in files.images if n not in layout.left_out]
     if differing := [n for n, split in metadata.splits.items() if layout.splits.get(n, split) != split]:
-        print(f"note: the split of {listed(differing)} is that of the metadata file, not that of the folder")
+        print(f"note: metadata file and folder give different splits for {listed(differing)}; the metadata file is used")
     metadata.splits = layout.splits | metadata.splits
     source = _source_from_files(files, names, cfg)
     _add_captions(source, metadata)

@@ -53,7 +53,7 @@ def run(config: Config, dry_run: bool) -> None:
     if len(rows) < MIN_VAL_IMAGES:
         raise UserError(f"evaluation.task=condition needs at least {MIN_VAL_IMAGES} validation images (got {len(rows)})")
     cond, titles = titled_val_conditions(model.unet.conditioner, encodings, len(rows), device)
-    other_conditions(titles)  # checks that they are not all the same
+    require_different_conditions(titles)
     networks = load_features(cfg, device)
     kind = "labels" if isinstance(model.unet.conditioner, LabelEmbedder) else "caption"
     sampler = f"{config.sampling.sampler} with {config.sampling.steps} steps"
@@ -117,7 +117,8 @@ class Match:
     def measure(cls, generated: Tensor, val: Tensor, titles: list[str]) -> "Match":
         """Compare features (N, D). Image i was generated from titles[i], the condition of validation image i."""
         distances = torch.cdist(val.double(), generated.double(), compute_mode="donot_use_mm_for_euclid_dist")  # (val, gen)
-        is_other = other_conditions(titles)
+        _, ids = np.unique(titles, return_inverse=True)
+        is_other = torch.from_numpy(ids[:, None] != ids[None, :])
         counts, own = is_other.sum(dim=1), distances.diagonal()
         sums = (distances * is_other).sum(dim=1)
         other = sums / counts
@@ -135,12 +136,9 @@ class Match:
         return [f"{self.own:.3f}", f"{self.other:.3f}", difference, f"{self.nearer:.1%}"]
 
 
-def other_conditions(titles: list[str]) -> Tensor:
-    """Return (N, N) bool: whether images i and j have different conditions."""
-    _, ids = np.unique(titles, return_inverse=True)
+def require_different_conditions(titles: list[str]) -> None:
     if len(set(titles)) < 2:
         raise UserError("evaluation.task=condition: all validation images have the same condition")
-    return torch.from_numpy(ids[:, None] != ids[None, :])
 
 
 def match_grid(val: np.ndarray, sets: list[np.ndarray], titles: list[str]) -> Image:

@@ -8,16 +8,15 @@ from torch import Tensor, nn
 
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EFFICIENTNET_BLOCKS = (2, 4, 10)  # last blocks with 1/4, 1/8 and 1/16 of the image's resolution
+EFFICIENTNET_BLOCKS = (2, 4, 10)  # indices of the last blocks at 1/4, 1/8 and 1/16 of the resolution
 VGG19_LAYERS = (3, 8, 11)  # indices of relu1_2, relu2_2 and relu3_1 in torchvision's vgg19.features
 
 
 def find_weights(net: str, weights: str | None) -> Path:
-    """Return the weights file of the backbone `net`: `weights` if given, else torchvision's file, downloaded if needed.
+    """Return the weights file of the backbone `net`: `weights` if given, else the default weights.
 
-    The weights of efficientnet_lite0 are part of a pip package.
-
-    Raises FileNotFoundError.
+    The default is torchvision's file, downloaded if needed, or the file in the pip package of efficientnet_lite0. Raises
+    FileNotFoundError.
     """
     if weights is not None:
         if not Path(weights).is_file():
@@ -114,6 +113,11 @@ def unit_length(features: Tensor) -> Tensor:
     return features / (features.square().sum(dim=1, keepdim=True) + 1e-10).sqrt()
 
 
+def feature_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Sum over layers of the squared distances between unit-length features, averaged over positions: (B,)."""
+    return sum((unit_length(x) - unit_length(y)).square().sum(dim=1).mean(dim=(1, 2)) for x, y in zip(a, b))
+
+
 class VGG19Distance(nn.Module):
     """LPIPS (Zhang et al. 2018, eq. 1) without linear heads, on three layers of VGG19."""
 
@@ -132,10 +136,7 @@ class VGG19Distance(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        total = 0.0
-        for features_a, features_b in zip(self.features(a), self.features(b)):
-            total = total + (unit_length(features_a) - unit_length(features_b)).square().sum(dim=1).mean(dim=(1, 2))
-        return total  # (B,)
+        return feature_distance(self.features(a), self.features(b))
 
     def features(self, images: Tensor) -> list[Tensor]:
         """relu1_2 (B, 64, H, W), relu2_2 (B, 128, H/2, W/2), relu3_1 (B, 256, H/4, W/4)."""
@@ -162,14 +163,11 @@ class EfficientNetDistance(nn.Module):
         self.blocks = net._blocks[: EFFICIENTNET_BLOCKS[-1] + 1]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        total = 0.0
-        for features_a, features_b in zip(self.features(a), self.features(b)):
-            total = total + (unit_length(features_a) - unit_length(features_b)).square().sum(dim=1).mean(dim=(1, 2))
-        return total  # (B,)
+        return feature_distance(self.features(a), self.features(b))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """(B, 32, H/2, W/2), (B, 24, H/4, W/4), (B, 40, H/8, W/8), (B, 112, H/16, W/16)."""
-        h = self.stem(to_rgb(images) * (127.5 / 128) + 0.5 / 128)  # expects (pixel - 127) / 128
+        """Output of the stem, (B, 32, H/2, W/2), and of blocks 2, 4 and 10, with 24, 40 and 112 channels."""
+        h = self.stem(to_rgb(images) * (127.5 / 128) + 0.5 / 128)  # [-1, 1] -> (pixel - 127) / 128, as the network expects
         features = [h]
         for i, block in enumerate(self.blocks):
             h = block(h)

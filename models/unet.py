@@ -116,6 +116,11 @@ class UNet(nn.Module):
         """Longer side of the feature maps of each level."""
         return [max(self.settings["size"]) >> level for level in range(len(self.settings["channels"]))]
 
+    @property
+    def outer_layers(self) -> tuple[nn.Module, ...]:
+        """Layers that read or write latents."""
+        return self.conv_in, self.conv_out
+
     def _res_block(self, c_in: int, c_out: int) -> ResBlock:
         return ResBlock(c_in, c_out, groups=self.groups, emb_dim=self.emb_dim, dropout=self.settings["dropout"])
 

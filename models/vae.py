@@ -106,6 +106,12 @@ class VAE(nn.Module):
         return [ResBlock(ch, ch, groups=groups), *attn, ResBlock(ch, ch, groups=groups)]
 
     @property
+    def outer_layers(self) -> tuple[nn.Module, ...]:
+        """Layers that read or write pixels or latents."""
+        encoder, decoder = self.encoder, self.decoder
+        return encoder[1], encoder[-1], self.quant_conv, self.post_quant_conv, decoder[0], decoder[-2]
+
+    @property
     def last_layer(self) -> Tensor:
         """Weight of the decoder's last convolution."""
         return self.decoder[-2].weight

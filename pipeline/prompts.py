@@ -116,11 +116,11 @@ def _class_index(label: str, value: str, classes: list[str]) -> int:
     for name in (value, YES_NO.get(value.lower())):
         if name in names:
             return names[name]
-    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in classes)
-    # If all classes are numbers, a number is a name, not an index: 1 stands for "001", also if "001" has index 0.
-    numbers = [str(int(name)) if are_numbers else str(i) for i, name in enumerate(classes)]
-    if numbers.count(value) == 1:
-        return numbers.index(value)
-    listed = ", ".join(name if are_numbers else f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
+    are_integers = all(re.fullmatch(r"-?\d+", name) for name in classes)
+    # If all class names are integers, a number is always a name: 1 means "001", even if its index is 0.
+    accepted = [str(int(name)) if are_integers else str(i) for i, name in enumerate(classes)]
+    if accepted.count(value) == 1:
+        return accepted.index(value)
+    listed = ", ".join(name if are_integers else f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
     more = " …" if len(classes) > MAX_LISTED else ""
     raise UserError(f"sampling.labels: {label} has no value {value!r}; its values are {listed}{more}")

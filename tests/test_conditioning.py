@@ -19,7 +19,7 @@ from dataset.encodings import CaptionEmbeddings, LatentDataset
 from dataset.image_cache import load_images
 from dataset.text_encoder import TextEncoder
 from evaluation import condition_match
-from evaluation.condition_match import Match, match_grid
+from evaluation.condition_match import Match, match_grid, require_different_conditions
 from evaluation.features import Features
 from evaluation.generation import generate_images
 from models.conditioning import LabelEmbedder, TextEmbedder, WordEncoder, make_conditioner, split_words
@@ -393,7 +393,7 @@ def test_match_of_features_on_a_line():
     constant = Match.measure(torch.ones(4, 1), torch.zeros(4, 1), titles)
     assert (constant.difference, constant.nearer) == (0.0, 0.5)
     with pytest.raises(UserError, match="the same condition"):
-        Match.measure(val, val, ["a"] * 4)
+        require_different_conditions(["a"] * 4)
 
 
 def test_match_with_different_captions_is_other_minus_own():

@@ -148,7 +148,7 @@ def test_reading_stops_early_if_the_crop_fits_no_image(tmp_path, image_folder, m
     monkeypatch.setattr(image_cache, "ABORT_AFTER_DAMAGED", 3)
     monkeypatch.setattr(image_cache, "BLOCK_SIZE", 2)
     monkeypatch.setattr(image_cache, "PREFETCH_BLOCKS", 3)
-    monkeypatch.setattr(image_cache, "NUM_SAMPLED", 0)
+    monkeypatch.setattr(image_cache, "NUM_TEST_READS", 0)
     counts = []
     make_source = image_cache.SOURCES["folder"]
 

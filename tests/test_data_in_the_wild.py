@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -245,7 +246,7 @@ def test_images_that_cannot_be_read_are_found_before_training(experiment, tmp_pa
     for i in range(20):
         (tmp_path / f"in/{i:02d}.jpg").write_text("version https://git-lfs.github.com/spec/v1")
     assert experiment.run("train_vae", "data.source=folder", f"data.path={tmp_path}/in", "--dry-run") == 2
-    assert "none of 8 images, sampled evenly, can be read; first: 00.jpg: " in capsys.readouterr().err
+    assert "none of 8 evenly spaced images can be read, for example 00.jpg (" in capsys.readouterr().err
 
 
 def test_unreadable_zips(tmp_path):
@@ -587,9 +588,19 @@ def test_csv_of_a_spreadsheet(tmp_path):
     """Semicolons, CRLF, a byte order mark, and empty columns and rows."""
     write_images(tmp_path / "in", numbered(".", n=12))
     rows = "".join(f'{i:02d}.png;"red, blue; green";;\r\n' for i in range(8))
-    content = f"file_name;text;;\r\n{rows};;;\r\n"
-    (tmp_path / "in/metadata.csv").write_text(content, encoding="utf-8-sig", newline="")
-    assert index_dataset(settings(tmp_path, tmp_path / "in")).source.captions[0] == ["red, blue; green"]
+    for header in ("file_name;text;;", '"file_name";"text";;', '"text";"file_name";;'):
+        content = f"{header}\r\n{rows};;;\r\n"
+        if header.startswith('"text"'):
+            content = re.sub(r'(\d\d\.png);("[^"]*")', r"\2;\1", content)
+        (tmp_path / "in/metadata.csv").write_text(content, encoding="utf-8-sig", newline="")
+        assert index_dataset(settings(tmp_path, tmp_path / "in")).source.captions[0] == ["red, blue; green"]
+
+
+def test_columns_that_differ_only_in_case(tmp_path):
+    write_images(tmp_path / "in", numbered(".", n=12))
+    (tmp_path / "in/metadata.csv").write_text("file_name,Text,TEXT\n00.png,a,b\n")
+    with pytest.raises(UserError, match="columns whose names differ only in case: Text, TEXT"):
+        index_dataset(settings(tmp_path, tmp_path / "in"))
 
 
 @pytest.mark.parametrize("delimiter", [",", " , ", "|", "\t"])
@@ -762,7 +773,7 @@ def test_captions_of_validation_images_are_not_enough(experiment, tmp_path, caps
 def test_no_readable_validation_image(tmp_path):
     write_images(tmp_path / "in", [*numbered("train", n=120), "val/0.png"])
     (tmp_path / "in/val/0.png").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="data: no validation image can be read"):
+    with pytest.raises(UserError, match="data: none of the validation images can be read"):
         load_images(settings(tmp_path, tmp_path / "in"))
 
 

@@ -19,7 +19,7 @@ from models.unet import UNet
 from models.vae import VAE, Posterior
 from train_diffusion import build_unet, diffusion_loss, sample_timesteps
 from train_vae import build_vae
-from training.optim import EMA, Muon, hidden_weights, learning_rate, make_optimizers, orthogonalize
+from training.optim import EMA, Muon, learning_rate, make_optimizers, muon_weights, orthogonalize
 from utils.device import num_params
 from utils.settings import load_config
 
@@ -245,14 +245,14 @@ def test_muon_equals_torch():
         assert (a.flatten(1) - b).norm() < 0.02 * (a - before).norm()
 
 
-def test_muon_gets_the_hidden_weights():
+def test_muon_gets_the_muon_weights():
     """Muon updates hidden weights, AdamW everything else, and no parameter is left out."""
     unet = small_unet(channels=[32, 64])
-    hidden = {id(p) for p in hidden_weights(unet)}
+    hidden = {id(p) for p in muon_weights(unet)}
     names = {name for name, p in unet.named_parameters() if id(p) not in hidden and p.dim() > 1}
     assert names == {"conv_in.weight", "conv_out.weight"}
     vae = small_vae(channels=[8, 16])
-    hidden_of_vae = {id(p) for p in hidden_weights(vae)}
+    hidden_of_vae = {id(p) for p in muon_weights(vae)}
     outer = [(vae.encoder[i], vae.decoder[j]) for i, j in ((1, 0), (-1, -2))]
     outer = {id(layer.weight) for pair in outer for layer in pair}
     assert hidden_of_vae | outer == {id(p) for p in vae.parameters() if p.dim() > 1} and not hidden_of_vae & outer
@@ -415,7 +415,12 @@ def test_efficientnet_distance_by_hand():
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(path, weights_only=True))
     features = {}
-    for stride, layer in {2: net._blocks[0]._depthwise_conv, 4: net._blocks[3], 8: net._blocks[5], 16: net._blocks[11]}.items():
+    for stride, layer in {
+        2: net._blocks[0]._depthwise_conv,
+        4: net._blocks[3],
+        8: net._blocks[5],
+        16: net._blocks[11],
+    }.items():
         # The input of the first layer with the next resolution or block is the last output with this resolution.
         layer.register_forward_pre_hook(lambda _, inputs, stride=stride: features.update({stride: inputs[0]}))
     x, y = torch.randint(0, 256, (2, 1, 3, 32, 64)).float()

@@ -8,32 +8,31 @@ from torch import Tensor, nn
 
 from config import TrainingConfig
 
-
-# Coefficients of the quintic Newton-Schulz iteration of Muon, and their number of repetitions (Jordan et al. 2024)
+# Coefficients and number of steps of Muon's quintic Newton-Schulz iteration (Jordan et al. 2024)
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
+ADAMW_RMS = 0.2  # typical RMS of AdamW's updates, relative to the learning rate (Liu et al. 2025, §2.2)
 
 
 def make_optimizers(net: nn.Module, cfg: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the weights of hidden layers and AdamW for the others."""
-    muon = [] if cfg.optimizer == "adamw" else hidden_weights(net)
-    ids = {id(p) for p in muon}
-    others = [p for p in net.parameters() if id(p) not in ids]
-    optimizers = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)]
-    return optimizers + ([Muon(muon, lr=cfg.lr, weight_decay=cfg.weight_decay)] if muon else [])
+    """AdamW for all parameters, or Muon for muon_weights() and AdamW for the others. `net` is a UNet or VAE."""
+    muon_params = muon_weights(net) if cfg.optimizer == "muon" else []
+    muon_ids = {id(p) for p in muon_params}
+    adamw_params = [p for p in net.parameters() if id(p) not in muon_ids]
+    optimizers = [torch.optim.AdamW(adamw_params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)]
+    return optimizers + ([Muon(muon_params, lr=cfg.lr, weight_decay=cfg.weight_decay)] if muon_params else [])
 
 
-def hidden_weights(net: nn.Module) -> list[nn.Parameter]:
-    """Weights of all linear layers and convolutions except the first and the last convolutions of a U-Net or VAE."""
-    layers = [(name, m) for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    # Only convolutions with pixels or latents as input or output are outside of blocks, for example conv_in and encoder.1.
-    return [m.weight for name, m in layers if isinstance(m, nn.Linear) or name.count(".") > 1]
+def muon_weights(net: nn.Module) -> list[nn.Parameter]:
+    """Weights of all linear layers and convolutions except those that read or write pixels or latents."""
+    layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m not in net.outer_layers]
+    return [layer.weight for layer in layers]
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum with orthogonalized updates, for weights (out, in) and (out, in, k, k).
 
-    Updates are scaled to the RMS that those of AdamW usually have, so that both can use the same learning rate
-    (Liu et al. 2025, eq. 4).
+    Updates are scaled to the typical RMS of AdamW's updates, so that both optimizers can share a learning rate (Liu et al.
+    2025, eq. 4). torch.optim.Muon does not support convolutions.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -48,30 +47,30 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault((len(p), p[0].numel()), []).append(p)
             for (rows, cols), params in by_shape.items():
                 updates = orthogonalize(torch.stack([self._nesterov(p, group["momentum"]).flatten(1) for p in params]))
-                updates *= -group["lr"] * 0.2 * max(rows, cols) ** 0.5
+                updates *= -group["lr"] * ADAMW_RMS * max(rows, cols) ** 0.5
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view(p.shape))
 
     def _nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """Update the exponential moving average of the gradient and return it one step ahead."""
+        """Update the momentum buffer (an EMA of the gradient) and return the Nesterov update."""
         state = self.state[p]
         if not state:
-            state["momentum"] = torch.zeros_like(p)
-        average = state["momentum"].lerp_(p.grad, 1 - momentum)
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(average, momentum)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Replace the singular values of each matrix (B, m, n) by values from about 0.7 to 1.2.
 
-    Runs the Newton-Schulz iteration on the Gram matrix of the shorter side, which is several times cheaper than on the
-    matrix if, as in 3x3 convolutions, n is much larger than m. Singular values below about 1e-3 of the norm become smaller.
+    Iterates on the Gram matrix X Xᵀ (m, m) instead of X. For n >> m, as in 3x3 convolutions, this is several times cheaper.
+    Singular values below about 1e-3 of the Frobenius norm end below 0.7.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT).mT
     x = matrices / (matrices.square().sum(dim=(1, 2), keepdim=True).sqrt() + 1e-12)  # singular values at most 1
     gram, (a, b, c) = x @ x.mT, NEWTON_SCHULZ
-    eye = torch.eye(len(gram[0]), device=x.device, dtype=x.dtype).expand_as(gram)
+    eye = torch.eye(gram.shape[-1], device=x.device, dtype=x.dtype).expand_as(gram)
     product = eye
     for i in range(NEWTON_SCHULZ_STEPS):
         polynomial = a * eye + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

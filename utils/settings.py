@@ -18,7 +18,7 @@ DEFAULT_CONFIG = "configs/celeba64.yaml"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4), and rejects duplicate keys, 010 and 1:30."""
+    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4), and rejects duplicate keys and numbers in base 8 or 60."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -89,22 +89,22 @@ def _load_yaml(text: str, annotation) -> Any:
         loader.dispose()
 
 
-def _keep_text(node: yaml.Node, annotation, nullable: bool = True) -> None:
+def _keep_text(node: yaml.Node, annotation, keep_null: bool = True) -> None:
     """Tag the YAML scalars of text settings as strings, so that YAML does not convert them.
 
-    nullable: null stays null; inside lists and mappings it is text, because a class may have this name
+    keep_null: read null as None. Inside lists and mappings, null is the text "null", which may be the name of a class.
     """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
             if field := annotation.model_fields.get(key_node.value if isinstance(key_node.value, str) else ""):
                 _keep_text(value_node, field.annotation)
     elif isinstance(node, yaml.ScalarNode):
-        if str in _types(annotation) and not (nullable and node.tag == "tag:yaml.org,2002:null"):
+        if str in _types(annotation) and not (keep_null and node.tag == "tag:yaml.org,2002:null"):
             node.tag = "tag:yaml.org,2002:str"
     else:
         children = node.value if isinstance(node, yaml.SequenceNode) else [child for pair in node.value for child in pair]
         for child in children:
-            _keep_text(child, annotation, nullable=False)
+            _keep_text(child, annotation, keep_null=False)
 
 
 def _types(annotation) -> list:
