@@ -29,7 +29,7 @@ from training import trainer as trainer_module
 from training.logger import Logger
 from training.trainer import Trainer
 from utils import device, files
-from utils.checkpoints import load_weights, save_weights
+from utils.checkpoints import load_weights, save_tensors, save_weights
 from utils.checksums import checksum
 from utils.errors import Stopped
 from utils.settings import load_config
@@ -241,6 +241,19 @@ def test_resuming_is_bitwise_exact(experiment, tmp_path_factory):
         states = [torch.load(e.run_dir / folder / "state.pt", weights_only=True) for e in (experiment, resumed)]
         assert all(torch.equal(states[0]["net"][name], states[1]["net"][name]) for name in states[0]["net"])
         assert torch.equal(*(state["optimizers"][0]["state"][0]["exp_avg_sq"] for state in states))
+
+
+def test_states_from_before_muon_can_be_resumed(experiment, tmp_path_factory):
+    """They contain one optimizer, not a list."""
+    resumed = Experiment(tmp_path_factory.mktemp("resumed"))
+    assert experiment.run("train_vae") == 0 and resumed.run("train_vae", "vae.steps=3") == 0
+    path = resumed.run_dir / "vae" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    (state["optimizer"],) = state.pop("optimizers")
+    save_tensors(path, state)
+    assert resumed.run("train_vae") == 0
+    one, two = (load_file(e.run_dir / "vae" / "vae.safetensors") for e in (experiment, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("damage", ["missing", "older"])
