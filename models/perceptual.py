@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127 / 255, 128 / 255  # of every channel
 EFFICIENTNET_BLOCKS = (2, 4, 10)  # indices of the last blocks at 1/4, 1/8 and 1/16 of the resolution
 VGG19_LAYERS = (3, 8, 11)  # indices of relu1_2, relu2_2 and relu3_1 in torchvision's vgg19.features
 
@@ -167,7 +168,7 @@ class EfficientNetDistance(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Output of the stem, (B, 32, H/2, W/2), and of blocks 2, 4 and 10, with 24, 40 and 112 channels."""
-        h = self.stem(to_rgb(images) * (127.5 / 128) + 0.5 / 128)  # [-1, 1] -> (pixel - 127) / 128, as the network expects
+        h = self.stem(((to_rgb(images) + 1) / 2 - EFFICIENTNET_MEAN) / EFFICIENTNET_STD)
         features = [h]
         for i, block in enumerate(self.blocks):
             h = block(h)

@@ -1,6 +1,5 @@
 """Convert sampling.labels or sampling.prompts to conditions, one per row of the grid."""
 
-import re
 import unicodedata
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import torch
 from config import Config, SamplingConfig
 from dataset import evenly_spaced
 from dataset.encodings import CaptionEmbeddings
+from dataset.metadata import are_integers
 from dataset.text_encoder import TextEncoder
 from models.conditioning import Cond, Conditioner, LabelEmbedder, WordEncoder, split_words
 from utils.errors import UserError
@@ -116,11 +116,11 @@ def _class_index(label: str, value: str, classes: list[str]) -> int:
     for name in (value, YES_NO.get(value.lower())):
         if name in names:
             return names[name]
-    are_integers = all(re.fullmatch(r"-?\d+", name) for name in classes)
     # If all class names are integers, a number is always a name: 1 means "001", even if its index is 0.
-    accepted = [str(int(name)) if are_integers else str(i) for i, name in enumerate(classes)]
+    no_indices = are_integers(classes)
+    accepted = [str(int(name)) if no_indices else str(i) for i, name in enumerate(classes)]
     if accepted.count(value) == 1:
         return accepted.index(value)
-    listed = ", ".join(name if are_integers else f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
+    listed = ", ".join(name if no_indices else f"{i} {name}" for i, name in enumerate(classes[:MAX_LISTED]))
     more = " …" if len(classes) > MAX_LISTED else ""
     raise UserError(f"sampling.labels: {label} has no value {value!r}; its values are {listed}{more}")

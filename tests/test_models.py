@@ -230,22 +230,22 @@ def test_muon_equals_torch():
     """Five steps of torch.optim.Muon on the flattened weights of a linear layer and a convolution, within its bfloat16."""
     torch.manual_seed(0)
     layers = nn.Linear(24, 48), nn.Conv2d(16, 24, 3)
-    ours = [layer.weight.detach().clone().requires_grad_() for layer in layers]
-    theirs = [layer.weight.detach().flatten(1).clone().requires_grad_() for layer in layers]
-    optimizer = Muon(ours, lr=0.01, weight_decay=0.1)
-    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    start = [p.detach().clone() for p in ours]
+    initial = [layer.weight.detach() for layer in layers]
+    weights = [w.clone().requires_grad_() for w in initial]
+    expected = [w.flatten(1).clone().requires_grad_() for w in initial]
+    optimizer = Muon(weights, lr=0.01, weight_decay=0.1)
+    torch_muon = torch.optim.Muon(expected, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
-        for a, b in zip(ours, theirs):
-            a.grad = torch.randn(a.shape)
-            b.grad = a.grad.flatten(1).clone()
+        for w, w_expected in zip(weights, expected):
+            w.grad = torch.randn(w.shape)
+            w_expected.grad = w.grad.flatten(1).clone()
         optimizer.step()
-        reference.step()
-    for a, b, before in zip(ours, theirs, start):
-        assert (a.flatten(1) - b).norm() < 0.02 * (a - before).norm()
+        torch_muon.step()
+    for w, w_expected, w_initial in zip(weights, expected, initial):
+        assert (w.flatten(1) - w_expected).norm() < 0.02 * (w - w_initial).norm()
 
 
-def test_muon_gets_the_muon_weights():
+def test_muon_gets_the_weights_of_hidden_layers():
     """Muon updates hidden weights, AdamW everything else, and no parameter is left out."""
     unet = small_unet(channels=[32, 64])
     hidden = {id(p) for p in muon_weights(unet)}

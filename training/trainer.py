@@ -399,7 +399,7 @@ class Trainer:
         with reject_foreign_checkpoint(path):
             self.net.load_state_dict(state["net"])
             self.ema.net.load_state_dict(state["ema"])
-            states = state["optimizers"] if "optimizers" in state else [state["optimizer"]]  # the latter before 2026-11-30
+            states = state["optimizers"] if "optimizers" in state else [state["optimizer"]]  # written before Muon was added
             for optimizer, optimizer_state in zip(self.optimizers, states, strict=True):
                 optimizer.load_state_dict(optimizer_state)
             if self.discriminator is not None:

@@ -18,7 +18,7 @@ DEFAULT_CONFIG = "configs/celeba64.yaml"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4), and rejects duplicate keys and numbers in base 8 or 60."""
+    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4). Rejects duplicate keys and numbers in base 8 or 60."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
