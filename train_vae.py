@@ -185,7 +185,7 @@ def few_val_images(config: Config, index: DatasetIndex) -> str:
     The note comes before training, because the split cannot change afterwards.
     """
     num_images, num_val = len(index.split), index.num_images(VAL)
-    if config.diffusion.condition == "none":  # else evaluation.task=condition is useful, and it uses only the VAL split
+    if config.diffusion.condition == "none":  # conditional models also need evaluation.task=condition, which uses only VAL
         num_val += index.num_images(TEST)
     if num_val >= MIN_VAL_IMAGES:
         return ""

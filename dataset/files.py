@@ -79,7 +79,7 @@ class Files:
                 self.skipped["hidden or system files"] += 1
             else:
                 if printable(name) in entries:
-                    self.skipped["files with the same name after escaping invalid bytes"] += 1
+                    self.skipped["files whose escaped name equals that of another file"] += 1
                 entries[printable(name)] = path
         return entries
 

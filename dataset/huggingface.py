@@ -202,7 +202,7 @@ def read_dataset(cfg: DataConfig) -> dict:
         else:
             print(f"note: column {name} is not used as a label, because no image has a value")
     captions = None
-    for name in caption_columns:  # as in a folder, an image uses the first column in which it has a caption
+    for name in caption_columns:  # as with data.source=folder, each image uses the first column in which it has a caption
         texts = read_captions(column(name), name)
         captions = texts if captions is None else [first if first != [""] else t for first, t in zip(captions, texts)]
     if captions and all(texts == [""] for texts in captions):

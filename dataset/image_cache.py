@@ -155,13 +155,14 @@ def index_dataset(config: Config) -> DatasetIndex:
 
 
 def require_readable(index: DatasetIndex) -> None:
-    """Raise UserError if no image of a small sample can be read, for example Git LFS pointer files. Also runs in a dry run."""
+    """Raise UserError if none of a few images can be read, for example because all are Git LFS pointers."""
     sample = evenly_spaced(index.selected, NUM_TEST_READS).tolist()
     images = index.source.read(sample)
     if sample and all(isinstance(image, str) for image in images):
         first = index.source.names[sample[0]]
         raise UserError(
-            f"data: none of {len(sample)} evenly spaced images can be read, for example {first} ({images[0]}): check the files"
+            f"data: none of {len(sample)} images sampled from the dataset can be read, for example {first} ({images[0]}): "
+            f"check the files"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from dataset import SPLITS, TRAIN, split_id
 
-MAX_STRAY_FRACTION = 0.25  # folders are not classes (of training images) or inner splits if a larger fraction is outside
+MAX_STRAY_FRACTION = 0.25  # of images outside the folders: of training images for classes, of all images for cat/train
 
 Folders = dict[str, tuple[str, ...]]  # image -> folders that contain it
 
@@ -27,8 +27,8 @@ def read_layout(names: list[str]) -> Layout:
     """Infer the layout from the paths of all images.
 
     If there are split folders, images outside them are left out. Folders are read as classes only if at most
-    MAX_STRAY_FRACTION of the training images are outside them; images outside are then left out. The same holds for split
-    folders inside class folders (cat/train).
+    MAX_STRAY_FRACTION of the training images are outside them; images outside are then left out. Inner split folders
+    (cat/train) are read as splits only if at most MAX_STRAY_FRACTION of all images are outside them.
     """
     return _read_splits({name: PurePosixPath(name).parent.parts for name in names})
 

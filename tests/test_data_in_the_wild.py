@@ -246,7 +246,7 @@ def test_images_that_cannot_be_read_are_found_before_training(experiment, tmp_pa
     for i in range(20):
         (tmp_path / f"in/{i:02d}.jpg").write_text("version https://git-lfs.github.com/spec/v1")
     assert experiment.run("train_vae", "data.source=folder", f"data.path={tmp_path}/in", "--dry-run") == 2
-    assert "none of 8 evenly spaced images can be read, for example 00.jpg (" in capsys.readouterr().err
+    assert "none of 8 images sampled from the dataset can be read, for example 00.jpg (" in capsys.readouterr().err
 
 
 def test_unreadable_zips(tmp_path):

@@ -106,7 +106,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 def printable(name: str) -> str:
     """Return a file name as one line of valid UTF-8, in which invalid bytes and control characters are escaped."""
-    # Surrogates outside DC80–DCFF, the range of surrogateescape, come from JSON.
+    # Replace surrogates that do not stand for invalid bytes (surrogateescape uses only DC80–DCFF). They come from JSON.
     name = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", name)
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)

@@ -18,7 +18,7 @@ DEFAULT_CONFIG = "configs/celeba64.yaml"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4). Rejects duplicate keys and numbers in base 8 or 60."""
+    """SafeLoader that reads 1e-4 as a float (YAML 1.1 requires 1.0e-4). Rejects duplicate keys, and base 8 and 60."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -92,7 +92,7 @@ def _load_yaml(text: str, annotation) -> Any:
 def _keep_text(node: yaml.Node, annotation, keep_null: bool = True) -> None:
     """Tag the YAML scalars of text settings as strings, so that YAML does not convert them.
 
-    keep_null: read null as None. Inside lists and mappings, null is the text "null", which may be the name of a class.
+    keep_null: read null as None. False inside lists and mappings: there, null is text, which may be the name of a class.
     """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
