@@ -159,8 +159,8 @@ class TrainingConfig(Section):
     )
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw",
-        "muon: Muon (Jordan et al. 2024) for the weights of hidden linear layers and convolutions, AdamW for the other "
-        "parameters",
+        "muon: Muon (Jordan et al. 2024) for the weights of linear layers and convolutions that map features to features, "
+        "AdamW for the other parameters; learns more per step, and needs a higher lr, about 2e-3",
     )
     lr: PositiveFloat = setting(2e-4, "learning rate after warm-up")
     lr_decay: Literal["none", "cosine"] = setting(

@@ -118,8 +118,10 @@ class UNet(nn.Module):
 
     @property
     def outer_layers(self) -> tuple[nn.Module, ...]:
-        """Layers that read or write latents."""
-        return self.conv_in, self.conv_out
+        """Layers that read latents, timesteps or conditions, or write latents."""
+        modulations = [m.modulation for m in self.modules() if getattr(m, "modulation", None) is not None]
+        conditioner = self.conditioner.modules() if self.conditioner else ()
+        return (self.conv_in, self.conv_out, *self.time_embed, *modulations, *conditioner)
 
     def _res_block(self, c_in: int, c_out: int) -> ResBlock:
         return ResBlock(c_in, c_out, groups=self.groups, emb_dim=self.emb_dim, dropout=self.settings["dropout"])

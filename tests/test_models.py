@@ -250,7 +250,10 @@ def test_muon_gets_the_weights_of_hidden_layers():
     unet = small_unet(channels=[32, 64])
     hidden = {id(p) for p in muon_weights(unet)}
     names = {name for name, p in unet.named_parameters() if id(p) not in hidden and p.dim() > 1}
-    assert names == {"conv_in.weight", "conv_out.weight"}
+    assert "down.0.0.modulation.weight" in names
+    assert {name for name in names if "modulation" not in name} == {
+        "conv_in.weight", "conv_out.weight", "time_embed.0.weight", "time_embed.2.weight"
+    }  # fmt: skip
     vae = small_vae(channels=[8, 16])
     hidden_of_vae = {id(p) for p in muon_weights(vae)}
     outer = [(vae.encoder[i], vae.decoder[j]) for i, j in ((1, 0), (-1, -2))]
