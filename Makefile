@@ -1,5 +1,5 @@
-# make demo   install if needed, then run all four stages on synthetic faces: no download, no GPU, 13 minutes on two CPU cores
-# make demo-classes, make demo-text   the same with labels or captions: 8 and 12 minutes after make demo
+# make demo   install if needed, then run all four stages on synthetic faces: no download, no GPU, 12 minutes on two CPU cores
+# make demo-classes, make demo-text   the same with labels or captions: 7 and 12 minutes after make demo
 # make test   install if needed, then run the tests
 # make faults   two minutes of fault injection with a fixed seed: damaged files, killed processes, full disks, bad input
 
