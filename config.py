@@ -125,6 +125,11 @@ class PerceptualConfig(Section):
         "like LPIPS, but without its learned linear layers; efficientnet_lite0 needs no download; none: off",
     )
     weight: Weight = setting(1.0, "weight of the perceptual loss; 0: off")
+    fraction: Annotated[float, Field(gt=0, le=1)] = setting(
+        1.0,
+        "fraction of each batch that the perceptual loss is computed on; with a large network such as VGG19, a smaller "
+        "fraction allows more steps in the same time",
+    )
     weights: Optional[PathText] = setting(
         None,
         "local file with the ImageNet weights of the backbone; default: torchvision's cache, else download; for "
@@ -206,6 +211,15 @@ class VAEConfig(TrainingConfig):
     kl_warmup: Count = setting(0, "steps of linear kl_weight warm-up")
     perceptual: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
+
+    @model_validator(mode="after")
+    def _check_fraction(self) -> "VAEConfig":
+        if int(self.perceptual.fraction * self.batch_size) < 1:
+            raise ValueError(
+                f"vae.perceptual.fraction must be at least 1/{self.batch_size}, one image of vae.batch_size "
+                f"(got {self.perceptual.fraction:g})"
+            )
+        return self
 
     @property
     def downsampling(self) -> int:

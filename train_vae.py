@@ -81,6 +81,8 @@ def train(config: Config, dry_run: bool) -> None:
         discriminator = discriminator.to(device, memory_format=torch.channels_last)
     vae.grad_checkpointing = cfg.grad_checkpointing
     latent_size = [side // vae.downsampling for side in config.data.size]
+    perceptual_mask = evenly_spaced_mask(cfg.batch_size, cfg.perceptual.fraction)  # the same for any number of processes
+    perceptual_scale = cfg.batch_size / int(perceptual_mask.sum())  # so that the mean over the batch is unbiased
     compile_for_training(config.compile, device, vae, perceptual, discriminator)
 
     with make_trainer(config, vae, discriminator, images) as trainer:
@@ -94,6 +96,7 @@ def train(config: Config, dry_run: bool) -> None:
             flip = (torch.rand(cfg.batch_size, 1, 1, 1, device=device) < (0.5 if config.data.flip else 0.0))[shard]
             noise = torch.randn(cfg.batch_size, vae.latent_channels, *latent_size, device=device)[shard]
             pixels = loader.batch(rows, next_rows)  # (B, H, W, C) uint8
+            mask = perceptual_mask[shard]
             kl_weight = cfg.kl_weight * min(1.0, (step + 1) / max(1, cfg.kl_warmup))
 
             def forward_backward(micro_batch: slice) -> None:
@@ -101,7 +104,7 @@ def train(config: Config, dry_run: bool) -> None:
                 x = torch.where(flip[micro_batch], x.flip(3), x).contiguous(memory_format=torch.channels_last)
                 with autocast(device, dtype):
                     y, posterior = vae(x, noise[micro_batch])
-                    distance = perceptual(x, y) if perceptual else x.new_zeros(len(x))  # (B,)
+                    distance = perceptual_loss(perceptual, x, y, mask[micro_batch], perceptual_scale)
                 error = reconstruction_error(cfg.reconstruction, x, y).mean(dim=(1, 2, 3))  # (B,)
                 kl = posterior.kl().mean(dim=(1, 2, 3))  # (B,) nats per latent dimension
                 loss = error + cfg.perceptual.weight * distance.float() + kl_weight * kl
@@ -125,6 +128,24 @@ def train(config: Config, dry_run: bool) -> None:
                 log_evaluation(trainer, loader, images, perceptual, dtype)
         if trainer.is_main and cfg.steps == 0:  # without training, evaluate the pretrained weights
             log_evaluation(trainer, loader, images, perceptual, dtype)
+
+
+def evenly_spaced_mask(length: int, fraction: float) -> Tensor:
+    """Boolean mask (length,) with int(fraction · length) evenly spaced ones."""
+    count = int(fraction * length)
+    i = torch.arange(length + 1) * count // length
+    return i[1:] > i[:-1]
+
+
+def perceptual_loss(perceptual: nn.Module | None, x: Tensor, y: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return `scale` times the perceptual distances of the images in `mask`, and 0 for the others: (B,)."""
+    if perceptual is None or not mask.any():
+        return x.new_zeros(len(x))
+    if mask.all():
+        return scale * perceptual(x, y)
+    rows = mask.nonzero().flatten().to(x.device)
+    distance = perceptual(*(images[rows].contiguous(memory_format=torch.channels_last) for images in (x, y)))
+    return distance.new_zeros(len(x)).index_add(0, rows, scale * distance)
 
 
 def build_vae(config: Config) -> VAE:
@@ -159,7 +180,10 @@ def build_vae(config: Config) -> VAE:
 def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Module | None, hardware: str) -> None:
     cfg, (height, width), f = config.vae, config.data.size, vae.downsampling
     loss = cfg.reconstruction
-    loss += f" + {cfg.perceptual.weight:g} {perceptual.title}" if perceptual else ""
+    if perceptual:
+        loss += f" + {cfg.perceptual.weight:g} {perceptual.title}"
+        if cfg.perceptual.fraction < 1:
+            loss += f" of {int(cfg.perceptual.fraction * cfg.batch_size)} images"
     loss += f" + {cfg.kl_weight:g} KL (nats per latent dimension)"
     if cfg.adversarial.weight > 0:
         loss += f" + {cfg.adversarial.weight:g} adversarial from step {cfg.adversarial.start:,}"

@@ -628,15 +628,19 @@ def train_log(experiment, folder):
     return [line for line in map(json.loads, lines) if "train/loss" in line]
 
 
-def test_vae_loss_is_the_weighted_sum_of_its_terms(experiment, tmp_path):
-    """reconstruction + weight · perceptual + kl_weight · min(1, (step+1)/kl_warmup) · nats_per_dim, in every step."""
+def random_vgg19(folder):
+    """Write random weights of VGG19 up to relu3_1. Return the settings that use them as perceptual loss."""
     from torchvision.models import vgg
 
-    layers = vgg.make_layers(vgg.cfgs["E"])[:12].state_dict()  # VGG19 up to relu3_1
-    torch.save({f"features.{name}": value for name, value in layers.items()}, tmp_path / "vgg19.pth")
+    layers = vgg.make_layers(vgg.cfgs["E"])[:12].state_dict()
+    torch.save({f"features.{name}": value for name, value in layers.items()}, folder / "vgg19.pth")
+    return ["vae.perceptual.net=vgg19", f"vae.perceptual.weights={folder}/vgg19.pth"]
+
+
+def test_vae_loss_is_the_weighted_sum_of_its_terms(experiment, tmp_path):
+    """reconstruction + weight · perceptual + kl_weight · min(1, (step+1)/kl_warmup) · nats_per_dim, in every step."""
     options = ["vae.kl_weight=0.5", "vae.kl_warmup=4", "vae.log_every=1", "vae.perceptual.weight=0.3"]
-    vgg19 = ["vae.perceptual.net=vgg19", f"vae.perceptual.weights={tmp_path}/vgg19.pth"]
-    assert experiment.run("train_vae", *options, *vgg19) == 0
+    assert experiment.run("train_vae", *options, *random_vgg19(tmp_path)) == 0
     lines = train_log(experiment, "vae")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
@@ -645,6 +649,64 @@ def test_vae_loss_is_the_weighted_sum_of_its_terms(experiment, tmp_path):
         assert line["train/loss"] == pytest.approx(total, rel=1e-4) and line["train/perceptual"] > 0
     last = json.loads((experiment.run_dir / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val/perceptual"] > 0
+
+
+@pytest.mark.parametrize("fraction, rows", [(0.25, [3, 7]), (0.3, [3, 7]), (0.5, [1, 3, 5, 7]), (0.13, [7])])
+def test_perceptual_loss_on_a_fraction_of_the_batch(fraction, rows):
+    """The mean over the batch is the mean over the chosen images, in one batch and summed over parts of it."""
+    from train_vae import evenly_spaced_mask, perceptual_loss
+
+    x, y = torch.rand(2, 8, 3, 4, 4)
+    mask, sizes = evenly_spaced_mask(8, fraction), []
+    assert mask.nonzero().flatten().tolist() == rows
+
+    def distance(a, b):
+        sizes.append(len(a))
+        return (a - b).square().mean(dim=(1, 2, 3))
+
+    expected = (x - y)[rows].square().mean()
+    torch.testing.assert_close(perceptual_loss(distance, x, y, mask, 8 / len(rows)).mean(), expected)
+    assert sizes == [len(rows)]  # the others are not computed
+    for n in (1, 3):  # with n = 1, all or none of a part are chosen
+        parts = [
+            perceptual_loss(distance, x[i : i + n], y[i : i + n], mask[i : i + n], 8 / len(rows)) for i in range(0, 8, n)
+        ]
+        torch.testing.assert_close(torch.cat(parts).mean(), expected)
+
+
+def test_vae_with_perceptual_fraction(experiment, tmp_path):
+    """It does not depend on micro-batches, and the loss is about that of the whole batch."""
+    vgg19, logs = random_vgg19(tmp_path), []
+    for name, micro_batch, fraction in (("half", 8, 0.5), ("parts", 3, 0.5), ("all", 8, 1)):
+        options = [
+            f"name={name}",
+            f"vae.micro_batch={micro_batch}",
+            f"vae.perceptual.fraction={fraction}",
+            "vae.log_every=1",
+        ]
+        options += vgg19
+        assert experiment.run("train_vae", *options) == 0
+        lines = (experiment.run_dir.parent / name / "vae" / "metrics.jsonl").read_text().splitlines()
+        logs.append([line for line in map(json.loads, lines) if "train/loss" in line])
+    assert len(logs[0]) == 6
+    for half, parts, all_images in zip(*logs):
+        for metric in ("train/loss", "train/perceptual"):
+            assert half[metric] == pytest.approx(parts[metric], rel=1e-3) and half[metric] > 0
+            assert half[metric] == pytest.approx(all_images[metric], rel=0.3)
+
+
+def test_settings_that_did_not_exist_count_as_their_defaults(trained, tmp_path, capsys):
+    """A checkpoint from before vae.perceptual.fraction is resumed with its default, and not with another value."""
+    experiment = copy_of(trained, tmp_path)
+    path = experiment.run_dir / "vae" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["vae"]["perceptual"]["fraction"], identity["vae"]["kl_warmup"]
+    save_tensors(path, {**state, "identity": json.dumps(identity)})
+    assert experiment.run("train_vae") == 0
+    assert "perceptual.fraction was 1.0, now 0.5" in error_line(
+        experiment, capsys, "train_vae", "vae.perceptual.fraction=0.5"
+    )
 
 
 def test_min_snr_loss_is_weighted(trained, tmp_path, monkeypatch):

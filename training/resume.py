@@ -67,7 +67,7 @@ def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: d
         old, new = json.loads(state["identity"]), json.loads(json.dumps(identity))
         for section in old.keys() & {"vae", "diffusion"}:
             # A setting that did not exist when the checkpoint was written counts as its default.
-            old[section] = {**type(cfg)().model_dump(), **old[section]}
+            old[section] = _with_defaults(old[section], type(cfg)().model_dump())
         changes = _differences({k: v for k, v in old.items() if k in new or not settings_only}, new)
         finished = is_finished(cfg, state["step"], state["minutes"])
     if changes:
@@ -76,6 +76,12 @@ def require_same_run(folder: Path, identity: dict, cfg: TrainingConfig, state: d
             f"restore the settings, or remove {folder}"
         )
     return finished
+
+
+def _with_defaults(settings: dict, defaults: dict) -> dict:
+    """Add the default of every setting that is missing, also in nested sections."""
+    sections = [name for name, value in settings.items() if isinstance(value, dict) and isinstance(defaults.get(name), dict)]
+    return {**defaults, **settings, **{name: _with_defaults(settings[name], defaults[name]) for name in sections}}
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
