@@ -127,7 +127,7 @@ class PerceptualConfig(Section):
     weight: Weight = setting(1.0, "weight of the perceptual loss; 0: off")
     fraction: Annotated[float, Field(gt=0, le=1)] = setting(
         1.0,
-        "fraction of each batch that the perceptual loss is computed on; with a large network such as VGG19, a smaller "
+        "fraction of each batch that the perceptual loss is computed on, at least one image; with a large network such as VGG19, a smaller "
         "fraction allows more steps in the same time",
     )
     weights: Optional[PathText] = setting(
@@ -212,14 +212,10 @@ class VAEConfig(TrainingConfig):
     perceptual: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
 
-    @model_validator(mode="after")
-    def _check_fraction(self) -> "VAEConfig":
-        if int(self.perceptual.fraction * self.batch_size) < 1:
-            raise ValueError(
-                f"vae.perceptual.fraction must be at least 1/{self.batch_size}, one image of vae.batch_size "
-                f"(got {self.perceptual.fraction:g})"
-            )
-        return self
+    @property
+    def perceptual_images(self) -> int:
+        """Number of images of each batch that the perceptual loss is computed on."""
+        return max(1, int(self.perceptual.fraction * self.batch_size))
 
     @property
     def downsampling(self) -> int:

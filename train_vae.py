@@ -81,8 +81,8 @@ def train(config: Config, dry_run: bool) -> None:
         discriminator = discriminator.to(device, memory_format=torch.channels_last)
     vae.grad_checkpointing = cfg.grad_checkpointing
     latent_size = [side // vae.downsampling for side in config.data.size]
-    perceptual_mask = evenly_spaced_mask(cfg.batch_size, cfg.perceptual.fraction)  # the same for any number of processes
-    perceptual_scale = cfg.batch_size / int(perceptual_mask.sum())  # so that the mean over the batch is unbiased
+    perceptual_mask = evenly_spaced_mask(cfg.batch_size, cfg.perceptual_images)  # the same for any number of processes
+    perceptual_scale = cfg.batch_size / cfg.perceptual_images  # so that the mean over the batch is unbiased
     compile_for_training(config.compile, device, vae, perceptual, discriminator)
 
     with make_trainer(config, vae, discriminator, images) as trainer:
@@ -130,9 +130,8 @@ def train(config: Config, dry_run: bool) -> None:
             log_evaluation(trainer, loader, images, perceptual, dtype)
 
 
-def evenly_spaced_mask(length: int, fraction: float) -> Tensor:
-    """Boolean mask (length,) with int(fraction · length) evenly spaced ones."""
-    count = int(fraction * length)
+def evenly_spaced_mask(length: int, count: int) -> Tensor:
+    """Boolean mask (length,) with `count` evenly spaced ones."""
     i = torch.arange(length + 1) * count // length
     return i[1:] > i[:-1]
 
@@ -182,8 +181,8 @@ def print_plan(config: Config, vae: VAE, index: DatasetIndex, perceptual: nn.Mod
     loss = cfg.reconstruction
     if perceptual:
         loss += f" + {cfg.perceptual.weight:g} {perceptual.title}"
-        if cfg.perceptual.fraction < 1:
-            loss += f" of {int(cfg.perceptual.fraction * cfg.batch_size)} images"
+        if cfg.perceptual_images < cfg.batch_size:
+            loss += f" of {cfg.perceptual_images} images per batch"
     loss += f" + {cfg.kl_weight:g} KL (nats per latent dimension)"
     if cfg.adversarial.weight > 0:
         loss += f" + {cfg.adversarial.weight:g} adversarial from step {cfg.adversarial.start:,}"

@@ -142,7 +142,7 @@ def test_all_errors_are_reported_together():
         ("data.image_size=72", "cannot be halved"),
         ("sampling.steps=2000", "must be at most diffusion.timesteps = 1000 \\(got 2000\\)"),
         ("sampling.autoguidance=weak.safetensors", "autoguidance has no effect if sampling.guidance=1"),
-        ("vae.perceptual.fraction=0.01", "vae.perceptual.fraction must be at least 1/64"),
+        ("vae.perceptual.fraction=0", "vae.perceptual.fraction must be greater than 0"),
         ("sampling.guidance_interval=[0.2, 3]", "guidance_interval has no effect if sampling.guidance=1"),
         ("sampling.guidance_rescale=0.7", "guidance_rescale has no effect if sampling.guidance=1"),
         ("sampling.sampler=eulr", "ancestral"),
