@@ -41,8 +41,8 @@ def sample(
 ) -> Tensor:
     """Noise (B, C, h, w) ~ N(0, 1) -> clean latents of the same shape, float32.
 
-    steps         number of solver steps, 1 … T, reduced if fewer timesteps have sigma/alpha <= sigma_max. Each step
-                  evaluates the network once; heun evaluates it twice, except in the last step
+    steps         number of solver steps, 1 … T; timesteps() may return fewer. Each step evaluates the network once; heun
+                  evaluates it twice, except in the last step
     spacing       timestep spacing, see timesteps()
     eta           ddim: 0 adds no noise, 1 adds noise with the posterior variance
     order         unipc: order of the solver, 1 … 3
@@ -53,7 +53,7 @@ def sample(
     init_latents  clean latents to start image-to-image from, in the shape of noise (SDEdit, Meng et al. 2022)
     strength      fraction of the steps to run from noised init_latents; 1 starts from pure noise
     mask          inpainting, broadcastable to noise: 1 to generate, 0 to keep init_latents. Where it is 0, every z0_hat is
-                  replaced by init_latents, to which the solver adds the right noise (Song et al. 2021b, App. I.2)
+                  replaced by init_latents, to which the solver adds noise of the current level (Song et al. 2021b, App. I.2)
     generator     source of the noise that stochastic samplers add: one generator, or one per image. With one per image,
                   an image does not depend on the other images of its batch
     callback      called as callback(i, t, z_t, z0_hat) after network evaluation i = 0, 1, …

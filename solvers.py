@@ -96,8 +96,8 @@ def sample_dpmpp_2m(predict, z, schedule, pairs, options: SolverOptions):
 
 
 def sample_dpmpp_2m_sde(predict, z, schedule, pairs, options: SolverOptions):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 19, second order by the midpoint rule). It adds noise in the first
-    num_noisy_steps; later steps are those of DPM-Solver++(2M)."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 19, second order by the midpoint rule). Only the first
+    num_noisy_steps steps add noise; later steps are those of DPM-Solver++(2M)."""
     previous = None  # (z0, h) of the previous step
     for i, (t, s) in enumerate(pairs):  # i = 0 … N-1
         z0 = predict(z, t)

@@ -23,7 +23,7 @@ EncodeChunk = Callable[[range, Callable[[int], object]], dict[str, Tensor]]
 
 
 def chunk_folder(run_dir: Path, inputs: str) -> Path:
-    """Return the folder for the chunks of these inputs."""
+    """Return the folder for chunks. `inputs` is text that identifies the VAE, the images, the precision and the captions."""
     return run_dir / f"encodings.chunks-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
 
 

@@ -199,7 +199,10 @@ def label_columns(metadata: Metadata, cfg: DataConfig, names: list[str]) -> tupl
         labels.append([index.get(text, len(ordered)) for text in texts])
         label_names[column] = ordered
     if ignored and cfg.label_column is not None:
-        raise UserError(f"data.label_column: {ignored[0]} cannot be a label; values are strings, integers or booleans")
+        raise UserError(
+            f"data.label_column: {ignored[0]} cannot be a label: each image needs one string, integer or boolean, or no value, "
+            f"and at least one image needs a value"
+        )
     if ignored:
         print(f"note: columns that are not used as labels: {', '.join(ignored)}")
     return (np.array(labels, dtype=np.int64).T if labels else None), label_names

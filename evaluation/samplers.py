@@ -27,7 +27,7 @@ ODE_SOLVERS = ("ddim", "euler", "heun", "dpmpp_2m", "unipc")  # deterministic so
 REFERENCE = "heun"  # solver whose result with the most steps counts as the exact ODE solution
 NUM_PROJECTIONS, NUM_QUANTILES = 512, 256  # in sliced_wasserstein()
 MAX_DISTANCE_RATIO = 1.05  # largest distance of a recommended sampler, relative to the distance of the best sampler
-STD_RANGE = (0.97, 1.03)  # allowed std ratio of a recommended sampler
+STD_RANGE = (0.97, 1.03)  # preferred std ratio of a recommended sampler
 
 
 def run(config: Config, dry_run: bool) -> None:

@@ -83,8 +83,8 @@ def usage(model: LatentDiffusion, folder: Path, scheduler: str) -> str:
     return COMPONENTS.format(scheduler=scheduler, labels=labels, argument=argument, shape=shape)
 
 
-# The file names in results_dir also match files of the model before it was trained again, and of a U-Net whose name starts
-# with the same letters. So the fingerprint of the weights decides.
+# The file name patterns also match files of an earlier training, and of U-Nets whose name extends this one (cosine, cosine_2).
+# Only files with the fingerprint of these weights are used.
 
 
 def sample_section(config: Config, model: LatentDiffusion, folder: Path) -> list[str]:

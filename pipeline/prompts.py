@@ -63,7 +63,7 @@ def read_prompts(config: Config, conditioner: Conditioner | None, device: torch.
         if num_long:
             warnings.append(f"warning: {num_long} prompts are longer than {conditioner.max_words} words and were truncated")
         return Prompts(titles, (token_ids.to(device),), warnings)
-    explicit = "model" in config.text.model_fields_set  # if not set, use the encoder of the training
+    explicit = "model" in config.text.model_fields_set  # if not set, use the encoder from training
     encoder = TextEncoder(config.text.model if explicit else conditioner.model, device)
     if encoder.fingerprint != conditioner.fingerprint:
         raise UserError(f"text.model: {encoder.model} has other weights than {conditioner.model} had in training")
