@@ -28,6 +28,7 @@ from pipeline.stage_files import encodings_path, load_encodings, load_vae
 from training.logger import import_tracker
 from training.resume import require_same_run, run_identity
 from training.trainer import Trainer
+from utils import distributed
 from utils.device import (
     STATE_BYTES_PER_PARAM,
     TRAIN_BYTES_PER_PARAM,
@@ -51,6 +52,7 @@ PREVIEW_STEPS = 20  # solver steps for the sample grids
 def train(config: Config, dry_run: bool) -> None:
     import_tracker(config.logging)  # fails at once if the package is missing
     cfg, device = config.diffusion, pick_device(config.device)
+    distributed.require_batch_size("diffusion.batch_size", cfg.batch_size)
     dtype, folder = pick_precision(config.precision, device), config.run_dir / config.diffusion_name
     vae, _ = load_vae(config, device)
     encodings = load_encodings(vae, config)

@@ -27,12 +27,14 @@ from pipeline.stage_files import require_no_dependents
 from training.logger import import_tracker
 from training.resume import require_same_run, run_identity
 from training.trainer import Trainer
+from utils import distributed
 from utils.checkpoints import load_perceptual
 from utils.device import (
     STATE_BYTES_PER_PARAM,
     TRAIN_BYTES_PER_PARAM,
     autocast,
     compile_networks,
+    copy_to,
     num_params,
     pick_device,
     pick_precision,
@@ -52,6 +54,7 @@ GRID_IMAGES = 32  # images in reconstructions.png
 def train(config: Config, dry_run: bool) -> None:
     import_tracker(config.logging)  # fails at once if the package is missing
     cfg, device = config.vae, pick_device(config.device)
+    distributed.require_batch_size("vae.batch_size", cfg.batch_size)
     dtype, folder = pick_precision(config.precision, device), config.run_dir / "vae"
     perceptual = load_perceptual(cfg.perceptual, device) if cfg.perceptual.weight > 0 else None
     index = index_dataset(config)
@@ -142,8 +145,8 @@ def perceptual_loss(perceptual: nn.Module | None, x: Tensor, y: Tensor, mask: Te
         return x.new_zeros(len(x))
     if mask.all():
         return scale * perceptual(x, y)
-    rows = mask.nonzero().flatten().to(x.device)
-    distance = perceptual(*(images[rows].contiguous(memory_format=torch.channels_last) for images in (x, y)))
+    rows = copy_to(mask.nonzero().flatten(), x.device)
+    distance = perceptual(*(z.index_select(0, rows).contiguous(memory_format=torch.channels_last) for z in (x, y)))
     return distance.new_zeros(len(x)).index_add(0, rows, scale * distance)
 
 

@@ -15,6 +15,7 @@ from dataset import VAL, evenly_spaced
 from dataset.encodings import LatentDataset
 from dataset.text_encoder import TextEncoder
 from models.conditioning import Cond, Conditioner, LabelEmbedder, TextEmbedder, WordEncoder, split_words
+from utils.device import copy_to
 from utils.errors import UserError
 
 MIN_WORD_COUNT = 2  # a word that occurs in fewer captions is treated as unknown
@@ -177,7 +178,7 @@ def _label_conditions(conditioner: LabelEmbedder, labels: Tensor, device: torch.
     fingerprint = hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()[:16]
 
     def look_up(rows: Tensor) -> Cond:
-        return (device_labels[rows.to(device, non_blocking=True)],)
+        return (device_labels[copy_to(rows, device)],)
 
     def titles(rows: Tensor) -> list[str]:
         return [conditioner.title(row) for row in labels[rows].tolist()]
@@ -189,7 +190,7 @@ def _word_token_ids(conditioner: WordEncoder, captions: list[list[str]], device:
     token_ids = conditioner.encode(list(chain.from_iterable(captions)))[0]
     max_length = int((token_ids != WordEncoder.PADDING).sum(dim=1).max())
     token_ids = token_ids[:, :max_length].to(device)
-    return lambda i: (token_ids[i.to(device, non_blocking=True)],)
+    return lambda i: (token_ids[copy_to(i, device)],)
 
 
 def _caption_conditions(captions: list[list[str]], look_up: Callable[[Tensor], Cond]) -> Conditions:

@@ -11,6 +11,7 @@ from dataset.loader import BatchLoader
 from dataset.text_encoder import TextEncoder
 from models.normalizer import Normalizer
 from utils.checkpoints import fingerprint, load_tensors, save_tensors
+from utils.device import copy_to
 from utils.errors import UserError
 
 OPTIONAL = ("mean_flipped", "labels", "val_labels", "captions", "val_captions", "text")
@@ -60,7 +61,7 @@ class CaptionEmbeddings:
         mask = positions < self.lengths[i, None]
         rows = torch.where(mask, self._starts[i, None] + positions, 0)
         tokens = self._loader.batch(rows) if self._loader else self.values[rows].to(device)
-        mask = mask.to(device, non_blocking=True)
+        mask = copy_to(mask, device)
         return tokens.float() * mask[:, :, None], mask
 
 

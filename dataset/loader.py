@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from utils.device import free_memory
+from utils.device import copy_to, free_memory
 
 MAX_MEMORY_FRACTION = 0.4  # of the free device memory, for a dataset that is kept on the device
 
@@ -35,10 +35,8 @@ class BatchLoader:
 
     def batch(self, rows: Tensor, next_rows: Tensor | None = None) -> Tensor:
         """Gather the rows with CPU indices `rows` (B,) into (B, …) on the device, and prefetch `next_rows`."""
-        if self.resident and self.device.type == "cuda":
-            rows = rows.pin_memory()  # copies from pageable memory may block
         if self.resident:
-            return self._gather(rows.to(self.device, non_blocking=True))
+            return self._gather(copy_to(rows, self.device))
         prefetched, self._prefetched = self._prefetched, None
         hit = prefetched is not None and torch.equal(prefetched[0], rows)
         batch = prefetched[1].result() if hit else self._gather_pinned(rows)

@@ -18,6 +18,7 @@ from conftest import ROOT, Experiment
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_vae
 from models.unet import UNet
 from pipeline.generate import OutputSpec
 from pipeline.latent_diffusion import LatentDiffusion
@@ -244,6 +245,14 @@ def test_a_grid_smaller_than_a_batch_is_shared(trained, monkeypatch):
         samples = model.generate(config.sampling, OutputSpec(7, keep_pixels=7, distributed=True))
         indices.append(sorted(samples.pixels))
     assert indices == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_a_batch_smaller_than_the_number_of_processes(experiment, monkeypatch):
+    """Reported before the dataset is read."""
+    config = load_config(experiment.config, ["data.source=folder", "data.path=missing", "vae.batch_size=4"])
+    monkeypatch.setattr(distributed, "world_size", lambda: 5)
+    with pytest.raises(UserError, match=r"vae.batch_size must be at least the number of processes, 5 \(got 4\)"):
+        train_vae.train(config, dry_run=True)
 
 
 def test_errors_are_printed_once(experiment, two_ranks):

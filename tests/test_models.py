@@ -19,6 +19,7 @@ from models.unet import UNet
 from models.vae import VAE, Posterior
 from train_diffusion import build_unet, diffusion_loss, sample_timesteps
 from train_vae import build_vae
+from training import optim
 from training.optim import EMA, Muon, learning_rate, make_optimizers, muon_weights, orthogonalize
 from utils.device import num_params
 from utils.settings import load_config
@@ -243,6 +244,23 @@ def test_muon_equals_torch():
         torch_muon.step()
     for w, w_expected, w_initial in zip(weights, expected, initial):
         assert (w.flatten(1) - w_expected).norm() < 0.02 * (w - w_initial).norm()
+
+
+def test_muon_in_batches(monkeypatch):
+    """The batched products of CUDA equal single products, also for a linear layer and a 1x1 convolution of equal sizes."""
+    initial = [layer.weight.detach() for layer in (nn.Linear(16, 24), nn.Conv2d(16, 24, 1), nn.Linear(16, 24))]
+    gradients = [torch.randn_like(w) for w in initial]
+
+    def updated() -> list[torch.Tensor]:
+        weights = [w.clone().requires_grad_() for w in initial]
+        for w, gradient in zip(weights, gradients):
+            w.grad = gradient
+        Muon(weights, lr=0.1).step()
+        return weights
+
+    single = updated()
+    monkeypatch.setattr(optim, "batch_key", lambda p: (len(p), p[0].numel()))
+    torch.testing.assert_close(updated(), single)
 
 
 def test_muon_gets_the_weights_of_hidden_layers():

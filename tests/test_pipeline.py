@@ -31,6 +31,7 @@ from training.trainer import Trainer
 from utils import device, files
 from utils.checkpoints import load_weights, save_tensors, save_weights
 from utils.checksums import checksum
+from utils.device import pick_precision
 from utils.errors import Stopped
 from utils.settings import load_config
 
@@ -766,6 +767,13 @@ def test_encodings_of_images_and_mirror_images(trained):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_device_cuda_without_cuda(experiment, capsys):
     assert "torch finds 0 CUDA devices" in error_line(experiment, capsys, "train_vae", "device=cuda")
+
+
+def test_cublas_does_not_use_tf32():
+    """Some containers turn TF32 on by an environment variable, and the updates of Muon are inaccurate in it."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    pick_precision("bfloat16", torch.device("cpu"))
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -44,17 +44,15 @@ class Muon(torch.optim.Optimizer):
             batches: dict[tuple | int, list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    # One batched product per shape is faster on GPUs, and slower than single products on CPUs.
-                    key = (len(p), p[0].numel()) if p.is_cuda else id(p)
-                    batches.setdefault(key, []).append(p)
+                    batches.setdefault(batch_key(p), []).append(p)
             for params in batches.values():
                 # Moving the input channels last makes channels_last weights contiguous, so flattening does not copy them.
                 updates = [self._nesterov(p, group["momentum"]).movedim(1, -1) for p in params]
-                shape = updates[0].shape
-                for p, update in zip(params, orthogonalize(torch.stack([u.flatten(1) for u in updates]))):
+                matrices = orthogonalize(torch.stack([update.flatten(1) for update in updates]))
+                for p, update, matrix in zip(params, updates, matrices):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    step = group["lr"] * ADAMW_RMS * max(update.shape) ** 0.5
-                    p.sub_(update.view(shape).movedim(-1, 1), alpha=step)
+                    step = group["lr"] * ADAMW_RMS * max(matrix.shape) ** 0.5
+                    p.sub_(matrix.view(update.shape).movedim(-1, 1), alpha=step)
 
     def _nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
         """Update the momentum buffer (an EMA of the gradient) and return the Nesterov update."""
@@ -63,6 +61,11 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(average, momentum)
+
+
+def batch_key(p: nn.Parameter) -> tuple | int:
+    """Weights with equal keys are orthogonalized by batched products, which are faster on GPUs but slower on CPUs."""
+    return (len(p), p[0].numel()) if p.is_cuda else id(p)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

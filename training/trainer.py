@@ -62,10 +62,6 @@ class Trainer:
         self.folder, self.net, self.cfg, self.identity, self.seed = folder, net, cfg, identity, seed
         self.weights_path, self.metadata, self.extra = folder / weights_name, metadata, extra or {}
         self.is_main = distributed.is_main()
-        if cfg.batch_size < distributed.world_size():
-            raise UserError(
-                f"batch_size must be at least the number of processes, {distributed.world_size()} (got {cfg.batch_size})"
-            )
         shard = distributed.shard(cfg.batch_size)
         self.shard = slice(shard.start, shard.stop)  # part of the batch that this process trains on
         self.micro_batch = len(shard) if cfg.micro_batch == "auto" else min(cfg.micro_batch, len(shard))
@@ -80,6 +76,8 @@ class Trainer:
         self.steps_done = 0  # optimizer steps
         self._minutes_before = 0.0  # minutes of training before this process started
         self._resume()
+        # NCCL allocates its buffers in the first collective. micro_batch=auto may leave it no memory later.
+        distributed.all_reduce_sum(torch.zeros(1, device=next(net.parameters()).device))
         # A network file system may show an old file for some seconds.
         distributed.require_same(
             self.steps_done, f"{folder}: the step of state.pt", "run the same command again in a minute"

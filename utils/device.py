@@ -6,7 +6,7 @@ import platform
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils import distributed
 from utils.errors import UserError
@@ -39,11 +39,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the autocast dtype, and turn off TF32 in cuDNN if `name` is float32.
+    """Return the autocast dtype. Turns off TF32 in cuBLAS, and in cuDNN if `name` is float32.
 
     "auto" means bfloat16 on GPUs of compute capability >= 8.0 and on CPUs with AMX or AVX512-BF16, else float32.
     """
     torch.backends.cudnn.allow_tf32 = name != "float32"
+    # Muon is inaccurate in TF32. The default is False, but NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1.
+    torch.backends.cuda.matmul.allow_tf32 = False
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -51,6 +53,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     else:
         supported = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if supported else torch.float32
+
+
+def copy_to(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device without waiting for the device. Copies from pageable memory may wait."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

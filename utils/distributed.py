@@ -235,6 +235,11 @@ def shard(n: int) -> range:
     return range(rank() * n // world_size(), (rank() + 1) * n // world_size())
 
 
+def require_batch_size(key: str, batch_size: int) -> None:
+    if batch_size < world_size():
+        raise UserError(f"{key} must be at least the number of processes, {world_size()} (got {batch_size})")
+
+
 def sum_gradients(net: nn.Module) -> None:
     """Replace every gradient by its sum over ranks.
 
