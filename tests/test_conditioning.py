@@ -720,7 +720,7 @@ def test_text_encoder_inside_a_python_package():
 def test_caption_embeddings_of_different_lengths():
     embeddings = [torch.full((n, 3), float(n)) for n in (4, 2, 5, 2)]
     stored = CaptionEmbeddings.from_encoder(SimpleNamespace(model="m", fingerprint="f", pooling="last"), embeddings)
-    tokens, mask = stored.tokens(torch.tensor([2, 0]), "cpu")
+    tokens, mask = stored.tokens(torch.tensor([2, 0]), torch.device("cpu"))
     assert mask.sum(1).tolist() == [5, 4] and tokens.shape == (2, 5, 3) and torch.equal(tokens[1, 4], torch.zeros(3))
     assert torch.equal(tokens[0], embeddings[2]) and torch.equal(tokens[1, :4], embeddings[0])
     assert torch.equal(stored.null(), embeddings[3])
