@@ -127,8 +127,8 @@ class PerceptualConfig(Section):
     weight: Weight = setting(1.0, "weight of the perceptual loss; 0: off")
     fraction: Annotated[float, Field(gt=0, le=1)] = setting(
         1.0,
-        "fraction of each batch that the perceptual loss is computed on, at least one image; with a large network such as VGG19, a smaller "
-        "fraction allows more steps in the same time",
+        "fraction of each batch that the perceptual loss is computed on, at least one image; with a large network such as "
+        "VGG19, a smaller fraction allows more steps in the same time",
     )
     weights: Optional[PathText] = setting(
         None,

@@ -1,8 +1,7 @@
 """Exceptions with their own exit code (utils/cli.py).
 
 In this project, functions raise UserError for problems that the user can fix, such as a missing file or a wrong setting.
-Scripts print it as one line and exit with code 2. Docstrings mention UserError only if
-the condition is not obvious.
+Scripts print it as one line and exit with code 2. Docstrings mention UserError only if the condition is not obvious.
 """
 
 
